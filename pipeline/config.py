@@ -1,0 +1,212 @@
+"""Every setting of every stage, as plain typed data, with the presets and the `--set section.field=value` overrides.
+
+A section belongs to one stage and enters that stage's key: changing a field makes that stage stale, and the later ones
+if its outputs change. What only says how to run (device, threads, terminal) is not here, for it must not.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import UserError
+
+Preset = Literal["quick", "standard", "best"]
+PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
+
+
+class Section(BaseModel):
+    """Settings of one stage: frozen, checked, no unknown fields; the text under a field is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DecodeConfig(Section):
+    """From the source to the frames of the longest usable span."""
+
+    max_fps: float = Field(60.0, gt=0)
+    """Frames a second to keep at most; a faster clip is thinned."""
+    max_frames: int = Field(1800, ge=1)
+    """Frames to keep at most; a longer clip is thinned evenly over its whole length."""
+    max_side_px: int = Field(1024, ge=32)
+    """Longer side of the frames at most; larger ones are reduced."""
+    start_seconds: float | None = Field(None, ge=0)
+    """Begin of the span to use; by default the longest shot is taken."""
+    end_seconds: float | None = Field(None, gt=0)
+    """End of the span to use; by default the longest shot is taken."""
+    drop_repeated: bool = True
+    """Leave out frames that repeat the one before (frame-rate conversion makes them)."""
+
+
+class TrackConfig(Section):
+    """From frames to landmarks, expression scores and flags."""
+
+    smooth_seconds: float = Field(0.05, ge=0)
+    """Width of the zero-phase smoother over time; 0 switches it off."""
+    min_run_frames: int = Field(5, ge=1)
+    """Shorter runs of detections are taken for false ones."""
+    min_confidence: float = Field(0.5, ge=0, le=1)
+    """The detector's threshold."""
+    max_faces: int = Field(4, ge=1)
+    """Faces looked for in a frame; the subject is the one that is there longest."""
+
+
+class MatteConfig(Section):
+    """From frames to foreground alpha."""
+
+    model: str = Field("u2netp", pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """A rembg model by name; all but u2netp are fetched by rembg from their publisher."""
+    padding: float = Field(0.25, ge=0, le=1)
+    """Replicated border added before inference, as a share of the frame's sides."""
+    steady_frames: int = Field(5, ge=1, le=15)
+    """Length of the median over time; 1 switches it off."""
+
+
+class FitConfig(Section):
+    """From landmarks to a fitted head: camera, identity, poses and expressions of the whole clip."""
+
+    head: Literal["anny"] = "anny"
+    """The head model."""
+    focal_prior: float = Field(1.4, gt=0.3, lt=10)
+    """Expected focal length in units of the frame's longer side; a talking head hardly shows it."""
+    crop_margin: float = Field(0.35, ge=0, le=2)
+    """Room around the tracked head in the training crop, as a share of the head's height."""
+
+
+class TrainConfig(Section):
+    """The Gaussian avatar."""
+
+    avatar: Literal["rigged"] = "rigged"
+    """The avatar model."""
+    resolution: int = Field(256, ge=32, le=2048)
+    """Width and height of the training crop in pixels."""
+    steps: int = Field(1500, ge=1)
+    """Optimisation steps."""
+    gaussians: int = Field(10_000, ge=16)
+    """Gaussians to start with."""
+    max_frames: int = Field(600, ge=1)
+    """Training frames at most, chosen to spread over pose and expression."""
+    seed: int = 0
+    """Seed of every random choice."""
+
+
+class EvaluateConfig(Section):
+    """Held-out quality."""
+
+    holdout: float = Field(0.1, gt=0, lt=0.9)
+    """Share of the clip, at its end, that training never sees."""
+    min_holdout_frames: int = Field(10, ge=1)
+    """Held-out frames at least."""
+    lpips: bool = True
+    """Measure LPIPS where its weights are there; else it is null with the reason."""
+
+
+class ExportConfig(Section):
+    """Files for other tools."""
+
+    ply: bool = True
+    """Write the neutral avatar as a standard 3DGS PLY."""
+
+
+class Config(Section):
+    """All sections, and the preset they started from."""
+
+    preset: Preset = "quick"
+    """The preset the sections started from."""
+    decode: DecodeConfig = DecodeConfig()
+    track: TrackConfig = TrackConfig()
+    matte: MatteConfig = MatteConfig()
+    fit: FitConfig = FitConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+
+
+_PRESET_CHANGES: dict[Preset, dict[str, dict[str, Any]]] = {
+    "quick": {},
+    "standard": {"train": {"resolution": 512, "steps": 6000, "gaussians": 20_000}},
+    "best": {"train": {"resolution": 512, "steps": 80_000, "gaussians": 50_000, "max_frames": 1800}},
+}
+
+
+def preset_config(preset: str) -> Config:
+    """The settings of a preset.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"There is no preset '{preset}'.", f"choose one of: {', '.join(PRESETS)}")
+    return Config.model_validate({"preset": preset, **_PRESET_CHANGES[preset]})
+
+
+def override(config: Config, settings: list[str]) -> Config:
+    """Apply `section.field=value` settings; values are read by the field's type.
+
+    Raises:
+        UserError: a setting is malformed, names nothing that exists, or its value does not fit.
+    """
+    plain = config.model_dump()
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        section, dot, field = name.strip().partition(".")
+        if not equals or not dot:
+            raise UserError(
+                f"'--set {setting}' is not of the form section.field=value.", "for example --set train.steps=500"
+            )
+        if section == "preset" or section not in Config.model_fields or not isinstance(plain[section], dict):
+            known = ", ".join(n for n in Config.model_fields if n != "preset")
+            raise UserError(f"'--set {setting}': there is no section '{section}'.", f"choose one of: {known}")
+        if field not in plain[section]:
+            raise UserError(
+                f"'--set {setting}': section '{section}' has no field '{field}'.",
+                f"choose one of: {', '.join(plain[section])}",
+            )
+        plain[section][field] = _read_value(text.strip())
+    try:
+        return Config.model_validate(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"Setting {where}={first['input']!r} does not fit: {first['msg']}.", "see docs/settings.md"
+        ) from None
+
+
+def _read_value(text: str) -> Any:
+    """JSON where it is JSON (numbers, true, null), else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"none": None, "True": True, "False": False, "None": None}.get(text, text)
+
+
+def differences(config: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ from the preset's: `section.field -> (preset's, this)`."""
+    base, this = preset_config(config.preset).model_dump(), config.model_dump()
+    return {
+        f"{section}.{field}": (base[section][field], value)
+        for section, fields in this.items()
+        if isinstance(fields, dict)
+        for field, value in fields.items()
+        if base[section][field] != value
+    }
+
+
+def describe() -> list[tuple[str, str, str, str]]:
+    """Every setting as (name, type, default, help), for the documentation and the help texts."""
+    rows = []
+    for section, info in Config.model_fields.items():
+        if section == "preset":
+            continue
+        for field, details in info.default.__class__.model_fields.items():
+            kind = details.annotation
+            name = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
+            rows.append(
+                (f"{section}.{field}", name.replace("typing.", ""), repr(details.default), details.description or "")
+            )
+    return rows

@@ -1,0 +1,205 @@
+"""The dataset directory: where a subject's files lie, which names are safe, and who may write.
+
+The layout is documented in `docs/dataset.md`. All paths kept in files are relative, so that a dataset can be moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import SubjectBusy, UserError
+
+SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+WORK = ".work"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One person's folder in a dataset: `DATA/SUBJECT`."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def source(self) -> Path:
+        return self.root / "source"
+
+    @property
+    def work(self) -> Path:
+        return self.root / WORK
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def stage(self, name: str) -> Path:
+        """Folder of a finished stage."""
+        return self.root / name
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the subject for one run. The lock is the kernel's (`flock`): it ends with its process, whatever happens.
+
+        Raises:
+            SubjectBusy: another process holds it.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / "lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise SubjectBusy(
+                    f"Subject '{self.name}' is in use by another run (process {holder}).",
+                    "wait for that run to end, or stop it; the lock goes with its process",
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def running(self) -> bool:
+        """Whether another process holds the subject's lock now."""
+        try:
+            with open(self.work / "lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of subjects."""
+
+    root: Path
+
+    def subject(self, name: str) -> Subject:
+        """The subject of this name, whether or not it exists yet.
+
+        Raises:
+            UserError: the name could leave the dataset folder or break a tool.
+        """
+        if not SUBJECT_NAME.fullmatch(name):
+            raise UserError(
+                f"'{name}' cannot be a subject name.",
+                "use 1 to 64 letters, digits, '-' and '_', beginning with a letter or digit",
+            )
+        root = self.root / name
+        if root.is_symlink():
+            raise UserError(f"'{root}' is a link; a subject must be a real folder.", "name another subject")
+        return Subject(root)
+
+    def existing(self, name: str) -> Subject:
+        """The subject of this name.
+
+        Raises:
+            UserError: there is none.
+        """
+        subject = self.subject(name)
+        if not (subject.source / "source.json").is_file():
+            known = ", ".join(s.name for s in self.subjects()) or "none"
+            raise UserError(
+                f"No subject '{name}' in '{self.root}' (there: {known}).",
+                "check the name and --data, or make it with: headcast run VIDEO --subject NAME",
+            )
+        return subject
+
+    def subjects(self) -> list[Subject]:
+        """Every subject in the dataset, by name."""
+        if not self.root.is_dir():
+            return []
+        return [
+            Subject(path)
+            for path in sorted(self.root.iterdir())
+            if SUBJECT_NAME.fullmatch(path.name) and (path / "source" / "source.json").is_file()
+        ]
+
+
+def subject_name_for(video: Path) -> str:
+    """A safe subject name made from a file's name: `My clip (2).mp4` becomes `My-clip-2`."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", video.stem or video.name).strip("-_")[:64].rstrip("-_")
+    return name or "subject"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling per value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON so that a reader sees the old file or the new one, never a part."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file by temporary file, fsync and rename."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read '{path}': {error}.", "rerun the stage that writes it") from None
+
+
+def fsync_tree(folder: Path) -> None:
+    """Bring a folder's files and names to disk, so that a rename after it never publishes empty files."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_symlink():
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file into the dataset, or copy it where a link cannot be made."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

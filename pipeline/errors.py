@@ -1,0 +1,45 @@
+"""The errors a user sees: what went wrong, where, and what to do next. The command line prints them bare."""
+
+from __future__ import annotations
+
+
+class HeadcastError(Exception):
+    """An error with a message for the user and, where one is known, the next step.
+
+    Args:
+        what: what is wrong and where, one sentence, with the offending value.
+        fix: what to do next, one sentence; printed on its own line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  -> {self.fix}" if self.fix else self.what
+
+    def __reduce__(self) -> tuple[type[HeadcastError], tuple[str, str]]:
+        return type(self), (self.what, self.fix)
+
+
+class UserError(HeadcastError):
+    """The user's input is at fault: a bad path, name, option or file. Exit code 2."""
+
+    exit_code = 2
+
+
+class StageError(HeadcastError):
+    """A stage cannot do its work on this input or this machine. Exit code 1; what was finished stays."""
+
+
+class SubjectBusy(UserError):
+    """Another run holds this subject's lock."""
+
+
+class Interrupted(HeadcastError):
+    """Ctrl+C or SIGTERM reached a stage, which left a resumable state. Exit code 130, as shells expect."""
+
+    exit_code = 130

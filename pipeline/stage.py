@@ -1,0 +1,405 @@
+"""The stage contract: keys, manifests, freshness, resumable work folders and atomic publication.
+
+A stage is a plain function from finished inputs to files. Its *key* is a hash of its name, its declared code version,
+its config section and the digests of its inputs. It is *fresh* when its manifest carries this key and every listed
+output is there with its size and hash. It works in `.work/STAGE-KEY/`, which survives a crash and is resumed from, and
+appears by one rename. `docs/dataset.md` is the specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pipeline import __version__
+from pipeline.config import Config, Section
+from pipeline.dataset import Subject, canonical_json, fsync_tree, sha256_file, write_json
+from pipeline.errors import HeadcastError, Interrupted, StageError
+from pipeline.progress import Reporter, SilentReporter
+
+SCHEMA = 1
+MANIFEST = "stage.json"
+SCRATCH = "scratch"
+FAILURE = "failure.json"
+
+Level = Literal["good", "fair", "poor"]
+StateName = Literal["fresh", "stale", "missing", "partial", "failed", "running", "waiting"]
+SectionT = TypeVar("SectionT", bound=Section)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A stage's own judgement in plain words with its numbers, e.g. `Tracking: good. 612 of 620 frames, ...`."""
+
+    level: Level
+    text: str
+    picture: str = ""
+    """Path of a picture inside the stage's folder."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage's function returns; its files lie in the work folder."""
+
+    verdict: Verdict
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a stage's function gets: finished inputs, its settings, and a folder to write to."""
+
+    subject: Subject
+    work: Path
+    """Write outputs here, under final names, each by temporary file and rename where it must resume."""
+    config: Config
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 2
+    reporter: Reporter = field(default_factory=SilentReporter)
+    stop_requested: Callable[[], bool] = lambda: False
+
+    @property
+    def scratch(self) -> Path:
+        """A folder inside the work folder for checkpoints; it survives a crash and is removed before publication."""
+        path = self.work / SCRATCH
+        path.mkdir(exist_ok=True)
+        return path
+
+    def input(self, stage: str, name: str) -> Path:
+        """A file of a finished input stage."""
+        return self.subject.stage(stage) / name
+
+    def check_stop(self) -> None:
+        """Leave the stage here if a stop was asked for. Call it between frames and steps, after saving.
+
+        Raises:
+            Interrupted: a stop was asked for.
+        """
+        if self.stop_requested():
+            raise Interrupted("Stopped as asked; what is done is kept.")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's declaration."""
+
+    name: str
+    version: int
+    """Raise it when the stage's code, or library code it rests on, would write different bytes."""
+    inputs: tuple[str, ...]
+    """Stages whose finished files this one reads; empty for the one that reads the source."""
+    run: Callable[[StageRun], Result]
+    reads: tuple[str, ...] = ()
+    """Further config fields, as `section.field`, that this stage's work depends on."""
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a stage's folder is worth now, and why."""
+
+    stage: str
+    name: StateName
+    why: str
+    key: str | None = None
+    manifest: dict[str, Any] | None = None
+
+
+def section_of(stage: Stage, config: Config) -> dict[str, Any]:
+    """The plain data of the settings a stage depends on."""
+    data: dict[str, Any] = getattr(config, stage.name).model_dump()
+    for name in stage.reads:
+        section, _, fieldname = name.partition(".")
+        data[name] = getattr(getattr(config, section), fieldname)
+    return data
+
+
+def stage_key(stage: Stage, section: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Key of a stage's result: 64 hex digits."""
+    parts = {"stage": stage.name, "version": stage.version, "config": section, "inputs": inputs}
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+
+def outputs_digest(outputs: list[dict[str, Any]]) -> str:
+    """Digest of a stage's files; what later stages' keys rest on, so that equal bytes keep them fresh."""
+    listing = sorted((entry["path"], entry["size"], entry["sha256"]) for entry in outputs)
+    return hashlib.sha256(canonical_json(listing).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A finished stage's manifest, or None where there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    complete = isinstance(manifest, dict) and manifest.get("schema") == SCHEMA
+    return manifest if complete and isinstance(manifest.get("outputs"), list) else None
+
+
+def source_digest(subject: Subject) -> str | None:
+    """The source's digest as registered in `source.json`."""
+    try:
+        record = json.loads((subject.source / "source.json").read_bytes())
+        return str(record["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def damaged_output(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """The first listed output that is missing or differs, in words; None when all are as listed."""
+    for entry in manifest["outputs"]:
+        path = folder / str(entry["path"])
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{entry['path']} lies outside the stage's folder"
+        try:
+            size = path.stat().st_size
+        except OSError:
+            return f"{entry['path']} is missing"
+        if size != entry["size"]:
+            return f"{entry['path']} has {size} bytes, not {entry['size']}"
+        if sha256_file(path) != entry["sha256"]:
+            return f"{entry['path']} was changed"
+    return None
+
+
+def inspect_stages(subject: Subject, stages: Sequence[Stage], config: Config) -> list[State]:
+    """The state of each stage, in order; a stage after one that is not fresh is judged by what is known."""
+    states: dict[str, State] = {}
+    running = subject.running()
+    for stage in stages:
+        unfresh = [name for name in stage.inputs if states[name].name != "fresh"]
+        manifest = read_manifest(subject.stage(stage.name))
+        if unfresh:
+            name: StateName = "waiting" if manifest is None else "stale"
+            states[stage.name] = State(stage.name, name, f"{unfresh[0]} is not fresh", None, manifest)
+            continue
+        key = stage_key(stage, section_of(stage, config), _input_digests(subject, stage, states))
+        states[stage.name] = _inspect_one(subject, stage, config, key, manifest, running)
+    return list(states.values())
+
+
+def _input_digests(subject: Subject, stage: Stage, states: dict[str, State]) -> dict[str, str]:
+    digests = {name: str((states[name].manifest or {}).get("digest")) for name in stage.inputs}
+    return digests or {"source": str(source_digest(subject))}
+
+
+def _inspect_one(
+    subject: Subject, stage: Stage, config: Config, key: str, manifest: dict[str, Any] | None, running: bool
+) -> State:
+    work = work_folder(subject, stage, key)
+    if manifest is not None and manifest.get("key") == key:
+        damage = damaged_output(subject.stage(stage.name), manifest)
+        if damage is None:
+            return State(stage.name, "fresh", "", key, manifest)
+        return State(stage.name, "stale", damage, key, manifest)
+    if work.is_dir() and (work / FAILURE).is_file():
+        try:
+            what = str(json.loads((work / FAILURE).read_bytes())["what"])
+        except (OSError, ValueError, KeyError, TypeError):
+            what = "it failed; its record cannot be read"
+        return State(stage.name, "failed", what, key, manifest)
+    if work.is_dir():
+        if running:
+            return State(stage.name, "running", "at work now", key, manifest)
+        return State(stage.name, "partial", "begun and not finished; a run resumes it", key, manifest)
+    if manifest is None:
+        return State(stage.name, "missing", "not run yet", key, None)
+    return State(stage.name, "stale", _why_stale(stage, config, manifest), key, manifest)
+
+
+def _why_stale(stage: Stage, config: Config, manifest: dict[str, Any]) -> str:
+    if manifest.get("version") != stage.version:
+        return f"the stage's code is version {stage.version}, its files are of version {manifest.get('version')}"
+    old, new = manifest.get("config") or {}, json.loads(canonical_json(section_of(stage, config)))
+    for name in sorted(set(old) | set(new)):
+        if old.get(name) != new.get(name):
+            full = name if "." in name else f"{stage.name}.{name}"
+            return f"{full} changed from {old.get(name)} to {new.get(name)}"
+    return "what it was made from changed"
+
+
+def work_folder(subject: Subject, stage: Stage, key: str) -> Path:
+    """Where a stage works until it is finished."""
+    return subject.work / f"{stage.name}-{key[:16]}"
+
+
+def run_stage(
+    subject: Subject,
+    stage: Stage,
+    stages: Sequence[Stage],
+    config: Config,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = 2,
+    reporter: Reporter | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Bring one stage up to date and return its manifest. The caller holds the subject's lock.
+
+    A fresh stage is left alone; a half-done one is resumed; a work folder that was finished but not published by a
+    process that died is published.
+
+    Raises:
+        StageError: an input stage is not fresh, or the stage cannot do its work.
+        Interrupted: a stop was asked for; the work folder stays.
+    """
+    before = stages[: [s.name for s in stages].index(stage.name) + 1]
+    *inputs, state = inspect_stages(subject, before, config)
+    for other in inputs:
+        if other.stage in stage.inputs and other.name != "fresh":
+            raise StageError(
+                f"Stage '{stage.name}' of '{subject.name}' needs '{other.stage}', which is {other.name}: {other.why}.",
+                f"run: headcast rerun {subject.name} --from {other.stage}",
+            )
+    if state.name == "fresh":
+        assert state.manifest is not None
+        return state.manifest
+    assert state.key is not None
+    work = work_folder(subject, stage, state.key)
+    finished = read_manifest(work)
+    if finished is not None and finished.get("key") == state.key and damaged_output(work, finished) is None:
+        publish(subject, stage, work)
+        return finished
+    resumed = work.is_dir()
+    work.mkdir(parents=True, exist_ok=True)
+    (work / FAILURE).unlink(missing_ok=True)
+    (work / MANIFEST).unlink(missing_ok=True)
+    reporter = reporter or SilentReporter()
+    run = StageRun(subject, work, config, device, threads, reporter, stop_requested)
+    started, clock = datetime.now(UTC), time.monotonic()
+    _reset_peak_memory()
+    try:
+        result = stage.run(run)
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except OSError as error:
+        raise _record_failure(work, _storage_error(stage, subject, error)) from error
+    except HeadcastError as error:
+        raise _record_failure(work, error) from error
+    except Exception as error:
+        log.debug("stage %s failed", stage.name, exc_info=True)
+        failure = StageError(
+            f"Stage '{stage.name}' of '{subject.name}' failed: {type(error).__name__}: {error}.",
+            "this is a defect of headcast; run again with --verbose for the traceback and report it",
+        )
+        raise _record_failure(work, failure) from error
+    try:
+        shutil.rmtree(work / SCRATCH, ignore_errors=True)
+        outputs = _list_outputs(work)
+        by_name = {other.stage: other for other in inputs}
+        manifest = {
+            "schema": SCHEMA,
+            "stage": stage.name,
+            "key": state.key,
+            "version": stage.version,
+            "headcast": __version__,
+            "config": section_of(stage, config),
+            "preset": config.preset,
+            "inputs": _input_digests(subject, stage, by_name),
+            "outputs": outputs,
+            "digest": outputs_digest(outputs),
+            "started": started.isoformat(timespec="milliseconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "seconds": round(time.monotonic() - clock, 3),
+            "resumed": resumed,
+            "peak_memory_mb": _peak_memory_mb(),
+            "machine": {"system": platform.system(), "arch": platform.machine(), "cores": os.cpu_count()},
+            "verdict": asdict(result.verdict),
+            "metrics": result.metrics,
+        }
+        fsync_tree(work)
+        write_json(work / MANIFEST, manifest)
+        publish(subject, stage, work)
+    except OSError as error:
+        raise _record_failure(work, _storage_error(stage, subject, error)) from error
+    return manifest
+
+
+def publish(subject: Subject, stage: Stage, work: Path) -> None:
+    """Put a finished work folder in its place by rename, and clear what other attempts of the stage left."""
+    target = subject.stage(stage.name)
+    old = subject.work / f"{stage.name}-replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(work, target)
+    for folder in (subject.root, subject.work):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    for leftover in subject.work.glob(f"{stage.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _list_outputs(work: Path) -> list[dict[str, Any]]:
+    """Every file of the work folder by relative path, size and hash; half-written temporary files are removed."""
+    outputs = []
+    for path in sorted(work.rglob("*")):
+        if path.is_dir():
+            continue
+        if path.name.startswith("."):
+            path.unlink()
+            continue
+        name = path.relative_to(work).as_posix()
+        if name not in (MANIFEST, FAILURE):
+            outputs.append({"path": name, "size": path.stat().st_size, "sha256": sha256_file(path)})
+    return outputs
+
+
+def _record_failure(work: Path, error: HeadcastError) -> HeadcastError:
+    """Leave the reason beside the unfinished work for `status`; a full disk must not hide the error itself."""
+    try:
+        record = {"what": error.what, "fix": error.fix, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_json(work / FAILURE, record)
+    except OSError as failure:
+        log.warning("could not record the failure in %s: %s", work, failure)
+    return error
+
+
+def _storage_error(stage: Stage, subject: Subject, error: OSError) -> StageError:
+    import errno
+
+    fixes = {
+        errno.ENOSPC: "free some space and run the same command again: what is finished is kept",
+        errno.EDQUOT: "raise the quota or free some space, then run the same command again",
+        errno.EROFS: "make the data folder writable or choose another with --data",
+        errno.EACCES: "make the data folder writable or choose another with --data",
+    }
+    where = f" at '{error.filename}'" if error.filename else ""
+    return StageError(
+        f"Stage '{stage.name}' of '{subject.name}' could not read or write{where}: {error.strerror or error}.",
+        fixes.get(error.errno or 0, "look at the path and run the same command again"),
+    )
+
+
+def _reset_peak_memory() -> None:
+    """Let the kernel's high-water mark start anew (Linux; elsewhere the figure is the process's whole peak)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        log.debug("the peak-memory mark cannot be reset here")
+
+
+def _peak_memory_mb() -> float:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
+    except OSError:
+        log.debug("no /proc here")
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
