@@ -1,0 +1,3 @@
+"""CPU backend."""
+
+from pipeline.rasterize.reference import rasterize as rasterize
