@@ -1,0 +1,238 @@
+"""A finished subject as training and evaluation see it: which frames are whose, square crops, and per-frame conditions.
+
+Test frames are the end of the clip. Nothing here reads a frame or an alpha that was not asked for by index, so training
+can ask for its own frames only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.cameras import crop_intrinsics
+from pipeline.dataset import Subject, read_json
+from pipeline.errors import StageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MIN_FRAMES = 2
+RERUN_FIT = "run the fit again with: headcast rerun SUBJECT --from fit"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Camera, conditions and file names of a clip's T frames; no pixels.
+
+    Attributes:
+        K: [3,3] intrinsics of the square training crop at `resolution` pixels.
+        resolution: width and height of the crop in pixels after resizing.
+        crop: (x0, y0, side) in whole pixels of the decoded frames; it may reach over their edge.
+        Ts_cam_head: [T,4,4]. Ts_cam_torso: [T,4,4]. neck: [T,3] and eyes: [T,2,3] rotation vectors.
+        expression: [T,E] coefficients of `expression_names`. identity: [S].
+        usable: [T] whether a frame's fit can be relied on. times: [T] seconds from the clip's start.
+        head: name of the head model.
+        frames, alphas: [T] paths.
+    """
+
+    K: NDArray[np.float64]
+    resolution: int
+    crop: tuple[int, int, int]
+    Ts_cam_head: NDArray[np.float64]
+    Ts_cam_torso: NDArray[np.float64]
+    expression: NDArray[np.float32]
+    expression_names: tuple[str, ...]
+    identity: NDArray[np.float32]
+    neck: NDArray[np.float32]
+    eyes: NDArray[np.float32]
+    usable: NDArray[np.bool_]
+    times: NDArray[np.float64]
+    head: str
+    frames: tuple[Path, ...]
+    alphas: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Square crops of n frames at the clip's resolution R.
+
+    Attributes:
+        images: [n,R,R,3] uint8 RGB over white. alphas: [n,R,R] uint8.
+    """
+
+    images: NDArray[np.uint8]
+    alphas: NDArray[np.uint8]
+
+
+def split(count: int, holdout: float, min_holdout: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of training and test frames: the test is the clip's last `max(min_holdout, floor(holdout * count))`.
+
+    A clip too short for that keeps at least one frame for training.
+
+    Raises:
+        StageError: fewer than two frames cannot be split.
+    """
+    if count < MIN_FRAMES:
+        raise StageError(
+            f"The clip has {count} frame(s); training and its test need at least {MIN_FRAMES}.", "give a longer clip"
+        )
+    # 0.29 * 100 is 28.999... in binary; the share is meant as a decimal number.
+    held_out = max(min_holdout, math.floor(round(holdout * count, 9)))
+    first_test = count - min(held_out, count - 1)
+    return np.arange(first_test), np.arange(first_test, count)
+
+
+def load_clip(subject: Subject, resolution: int) -> Clip:
+    """Read the decode, matte and fit stages' finished files of a subject, checked at this border.
+
+    Args:
+        subject: whose files.
+        resolution: width and height of the training crop, in pixels.
+
+    Raises:
+        StageError: a file is damaged or the stages do not belong together.
+        UserError: `frames.json` cannot be read.
+    """
+    listing = read_json(subject.stage("decode") / "frames.json")
+    frames = listing["frames"]
+    path = subject.stage("fit") / "fit.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            fit = dict(file)
+    except (OSError, ValueError) as error:
+        raise StageError(f"'{path}' cannot be read: {error}.", RERUN_FIT) from error
+    count = len(frames)
+    names = tuple(str(name) for name in _take(fit, "expression_names", (None,), path))
+    arrays = {
+        name: _take(fit, name, shape, path)
+        for name, shape in {
+            "K": (3, 3),
+            "Ts_cam_head": (count, 4, 4),
+            "Ts_cam_torso": (count, 4, 4),
+            "expression": (count, len(names)),
+            "identity": (None,),
+            "neck": (count, 3),
+            "eyes": (count, 2, 3),
+            "usable": (count,),
+            "crop": (3,),
+        }.items()
+    }
+    x0, y0, side = (round(float(value)) for value in arrays["crop"])
+    if side < 1 or resolution < 1:
+        raise StageError(f"'{path}' has a crop with sides of {side} px.", RERUN_FIT)
+    return Clip(
+        K=crop_intrinsics(arrays["K"].astype(np.float64), (x0, y0, side), resolution),
+        resolution=resolution,
+        crop=(x0, y0, side),
+        Ts_cam_head=arrays["Ts_cam_head"].astype(np.float64),
+        Ts_cam_torso=arrays["Ts_cam_torso"].astype(np.float64),
+        expression=arrays["expression"].astype(np.float32),
+        expression_names=names,
+        identity=arrays["identity"].astype(np.float32),
+        neck=arrays["neck"].astype(np.float32),
+        eyes=arrays["eyes"].astype(np.float32),
+        usable=arrays["usable"].astype(bool),
+        times=np.array([frame["time"] for frame in frames], np.float64),
+        head=str(_take(fit, "head", (), path)),
+        frames=tuple(subject.stage("decode") / frame["file"] for frame in frames),
+        alphas=tuple(subject.stage("matte") / "alpha" / f"{frame['index']:06d}.png" for frame in frames),
+    )
+
+
+def load_crops(
+    clip: Clip,
+    indices: Sequence[int] | NDArray[np.int64],
+    *,
+    threads: int = 1,
+    on_frame: Callable[[], None] = lambda: None,
+) -> Crops:
+    """Frames and alphas of these indices as square crops over white; what lies outside the frame is white, alpha 0.
+
+    Args:
+        clip: whose frames.
+        indices: n frame indices; no other file is opened.
+        threads: files decoded at a time.
+        on_frame: called after each frame, in order.
+
+    Raises:
+        StageError: a frame or alpha is missing, damaged, or of another size than its partner.
+    """
+    size = clip.resolution
+    images = np.empty((len(indices), size, size, 3), np.uint8)
+    alphas = np.empty((len(indices), size, size), np.uint8)
+
+    def load(row: int) -> None:
+        frame = int(indices[row])
+        images[row], alphas[row] = _load_crop(clip.frames[frame], clip.alphas[frame], clip.crop, size)
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for _ in pool.map(load, range(len(indices))):
+            on_frame()
+    return Crops(images, alphas)
+
+
+def _load_crop(
+    frame_path: Path, alpha_path: Path, crop: tuple[int, int, int], resolution: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    import cv2
+
+    frame = _read_picture(frame_path, cv2.IMREAD_COLOR_RGB, "decode")
+    alpha = _read_picture(alpha_path, cv2.IMREAD_GRAYSCALE, "matte")
+    if frame.shape[:2] != alpha.shape:
+        raise StageError(
+            f"'{alpha_path}' has {alpha.shape[::-1]} pixels, its frame {frame.shape[1::-1]}.",
+            "run: headcast rerun SUBJECT --from matte",
+        )
+    x0, y0, side = crop
+    height, width = alpha.shape
+    left, top = min(max(x0, 0), width), min(max(y0, 0), height)
+    right, bottom = min(max(x0 + side, left), width), min(max(y0 + side, top), height)
+    opacity = alpha[top:bottom, left:right, None].astype(np.float32) / 255
+    inside = frame[top:bottom, left:right].astype(np.float32)
+    canvas = np.zeros((side, side, 4), np.float32)
+    canvas[..., :3] = 255
+    window = canvas[top - y0 : bottom - y0, left - x0 : right - x0]
+    window[..., :3] = 255 + opacity * (inside - 255)
+    window[..., 3:] = 255 * opacity
+    # Averaging over areas is right for reducing only; enlarging with it would repeat pixels.
+    how = cv2.INTER_AREA if side >= resolution else cv2.INTER_LINEAR
+    resized = cv2.resize(canvas, (resolution, resolution), interpolation=how)
+    rounded = np.clip(resized + 0.5, 0, 255).astype(np.uint8)
+    return rounded[..., :3], rounded[..., 3]
+
+
+def _read_picture(path: Path, flags: int, stage: str) -> NDArray[np.uint8]:
+    import cv2
+
+    try:
+        picture = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+    except (OSError, cv2.error) as error:
+        raise StageError(f"'{path}' cannot be read: {error}.", f"run: headcast rerun SUBJECT --from {stage}") from error
+    if picture is None:
+        raise StageError(f"'{path}' is damaged.", f"run: headcast rerun SUBJECT --from {stage}")
+    return np.asarray(picture, np.uint8)
+
+
+def _take(arrays: dict[str, NDArray[Any]], name: str, shape: tuple[int | None, ...], path: Path) -> NDArray[Any]:
+    """An array of a fit of this shape (None: any length), numbers finite."""
+    if name not in arrays:
+        raise StageError(f"'{path}' has no '{name}'.", RERUN_FIT)
+    array = arrays[name]
+    fits = len(array.shape) == len(shape) and all(
+        want is None or have == want for have, want in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise StageError(f"'{path}': '{name}' has shape {list(array.shape)}, not [{wanted}].", RERUN_FIT)
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise StageError(f"'{path}': '{name}' holds values that are not finite.", RERUN_FIT)
+    return array

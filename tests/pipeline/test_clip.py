@@ -1,0 +1,134 @@
+"""The split, the crops and the checked reading of a finished subject."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from pipeline.clip import load_clip, load_crops, split
+from pipeline.dataset import Subject
+from pipeline.errors import StageError
+
+
+def write_subject(
+    root: Path, *, count: int = 6, size: tuple[int, int] = (48, 32), crop: tuple[float, float, float] = (-4, -6, 40)
+) -> Subject:
+    """A subject with random frames of (width, height) and the fit of a head that stands still."""
+    generator = np.random.default_rng(5)
+    subject = Subject(root)
+    for folder in ("decode/frames", "matte/alpha", "fit"):
+        (root / folder).mkdir(parents=True)
+    width, height = size
+    entries = []
+    for i in range(count):
+        frame = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        alpha = generator.integers(0, 256, (height, width), dtype=np.uint8)
+        # PNG under the documented name: the reader goes by content, and the test needs exact pixels.
+        cv2.imencode(".png", frame[..., ::-1])[1].tofile(root / f"decode/frames/{i:06d}.jpg")
+        cv2.imwrite(str(root / f"matte/alpha/{i:06d}.png"), alpha)
+        entries.append({"index": i, "file": f"frames/{i:06d}.jpg", "time": i / 25, "source_frame": i})
+    listing = {"schema": 1, "width": width, "height": height, "count": count, "frames": entries}
+    (root / "decode/frames.json").write_text(json.dumps(listing))
+    pose = np.tile(np.eye(4), (count, 1, 1))
+    pose[:, 2, 3] = 0.6
+    np.savez(
+        root / "fit/fit.npz",
+        K=np.array([[60.0, 0, 25], [0, 55, 14], [0, 0, 1]]),
+        image_size=np.array(size),
+        Ts_cam_head=pose,
+        Ts_cam_torso=pose,
+        neck=np.zeros((count, 3), np.float32),
+        eyes=np.zeros((count, 2, 3), np.float32),
+        identity=np.zeros(4, np.float32),
+        expression=np.zeros((count, 2), np.float32),
+        expression_names=np.array(["jawOpen", "browInnerUp"]),
+        usable=np.ones(count, bool),
+        head=np.array("anny"),
+        crop=np.array(crop, np.float64),
+    )
+    return subject
+
+
+@pytest.mark.parametrize(
+    ("count", "holdout", "least", "train", "test"),
+    [
+        (216, 0.1, 10, 195, 21),
+        (78, 0.1, 10, 68, 10),
+        (448, 0.1, 10, 404, 44),
+        (5, 0.1, 10, 1, 4),
+        (100, 0.29, 1, 71, 29),
+    ],
+)
+def test_split_holds_out_the_end(count: int, holdout: float, least: int, train: int, test: int) -> None:
+    first, last = split(count, holdout, least)
+    assert (len(first), len(last)) == (train, test)
+    assert [*first, *last] == list(range(count))
+
+
+def test_a_single_frame_cannot_be_split() -> None:
+    with pytest.raises(StageError, match="1 frame"):
+        split(1, 0.1, 10)
+
+
+def test_crops_are_composited_over_white_and_padded_outside(tmp_path: Path) -> None:
+    clip = load_clip(write_subject(tmp_path / "s"), resolution=40)
+    crops = load_crops(clip, [3, 1], threads=2)
+    frame = cv2.imread(str(clip.frames[1]), cv2.IMREAD_COLOR_RGB).astype(float)
+    alpha = cv2.imread(str(clip.alphas[1]), cv2.IMREAD_GRAYSCALE).astype(float)
+    white = 255 + alpha[..., None] / 255 * (frame - 255)
+    inside = crops.images[1][6:38, 4:].astype(float)
+    assert np.abs(inside - white[:, :36]).max() <= 0.51
+    assert np.array_equal(crops.alphas[1][6:38, 4:], alpha[:, :36])
+    assert (crops.images[1][:6] == 255).all() and (crops.alphas[1][:6] == 0).all()
+    assert (crops.images[1][:, :4] == 255).all() and (crops.images[1][38:] == 255).all()
+
+
+def test_crops_reduce_by_averaging(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "s", crop=(4, 2, 24))
+    large = load_crops(load_clip(subject, 24), [0])
+    small = load_crops(load_clip(subject, 8), [0])
+    mean = large.images[0].astype(float).reshape(8, 3, 8, 3, 3).mean((1, 3))
+    assert np.abs(small.images[0] - mean).max() <= 1.0
+
+
+def test_intrinsics_follow_the_crop(tmp_path: Path) -> None:
+    clip = load_clip(write_subject(tmp_path / "s"), resolution=20)
+    point = np.array([0.05, -0.02, 0.6])
+    in_frame = np.array([60 * point[0] / 0.6 + 25, 55 * point[1] / 0.6 + 14])
+    in_crop = clip.K @ point
+    expected = (in_frame - np.array(clip.crop[:2])) * 20 / clip.crop[2]
+    assert np.allclose(in_crop[:2] / in_crop[2], expected)
+
+
+def test_only_the_frames_asked_for_are_opened(tmp_path: Path) -> None:
+    clip = load_clip(write_subject(tmp_path / "s"), resolution=16)
+    clip.frames[4].unlink()
+    clip.alphas[5].write_bytes(b"not a picture")
+    load_crops(clip, range(4))
+    with pytest.raises(StageError, match=r"000004\.jpg"):
+        load_crops(clip, [4])
+    with pytest.raises(StageError, match=r"000005\.png"):
+        load_crops(clip, [5])
+
+
+def test_damaged_fits_are_refused_with_the_array_named(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "s")
+    path = subject.stage("fit") / "fit.npz"
+    good = dict(np.load(path))
+    for name, value, says in (
+        ("neck", good["neck"][:-1], r"'neck' has shape \[5, 3\], not \[6, 3\]"),
+        ("expression", np.full_like(good["expression"], np.nan), "'expression' holds values that are not finite"),
+        ("eyes", None, "no 'eyes'"),
+        ("crop", np.array([0.0, 0, 0]), "sides of 0 px"),
+    ):
+        arrays = {key: array for key, array in {**good, name: value}.items() if array is not None}
+        np.savez(path, **arrays)
+        with pytest.raises(StageError, match=says):
+            load_clip(subject, 16)
+    path.write_bytes(b"PK")
+    with pytest.raises(StageError, match="cannot be read"):
+        load_clip(subject, 16)
