@@ -1,0 +1,193 @@
+"""The decoded frames of a subject: reading `frames.json`, the images and their alpha, checked at the border."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.dataset import read_json
+from pipeline.errors import UserError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class FrameSet:
+    """The frames that the decode stage wrote, in order of time."""
+
+    folder: Path
+    """The decode stage's folder."""
+    width: int
+    height: int
+    fps: Fraction
+    """Nominal rate of the source; the frames' own `times` are what counts."""
+    files: tuple[str, ...]
+    """Path of each frame in `folder`."""
+    times: NDArray[np.float64]
+    """[T] seconds from the clip's start."""
+    source_frames: NDArray[np.int64]
+    """[T] number of each frame in the source."""
+    sharpness: NDArray[np.float32]
+    """[T] mean square of the Laplacian of the frame's grey values; comparable within a clip only."""
+    record: dict[str, Any]
+    """`frames.json` as it stands."""
+
+    @staticmethod
+    def load(folder: Path) -> FrameSet:
+        """Read and check a decode stage's `frames.json`.
+
+        Raises:
+            UserError: it is missing or damaged, with the field that is wrong.
+        """
+        path = folder / "frames.json"
+        record = read_json(path)
+        try:
+            if record["schema"] != SCHEMA:
+                raise ValueError(f"schema is {record['schema']}, this version reads {SCHEMA}")
+            width, height, fps = int(record["width"]), int(record["height"]), Fraction(record["fps"])
+            entries = record["frames"]
+            if min(width, height) < 1 or fps <= 0 or not entries or record["count"] != len(entries):
+                raise ValueError("width, height, fps or count do not fit")
+            files = tuple(str(entry["file"]) for entry in entries)
+            times = np.array([float(entry["time"]) for entry in entries])
+            numbers = np.array([int(entry["source_frame"]) for entry in entries])
+            sharpness = np.array([float(entry["sharpness"]) for entry in entries], np.float32)
+            if [entry["index"] for entry in entries] != list(range(len(entries))):
+                raise ValueError("the indices do not count 0, 1, 2, ...")
+            if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files):
+                raise ValueError("a file lies outside the stage's folder")
+            if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+                raise ValueError("the times do not increase")
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(
+                f"'{path}' is not what the decode stage writes: {error}.", "rerun the stage: headcast rerun SUBJECT"
+            ) from None
+        return FrameSet(folder, width, height, fps, files, times, numbers, sharpness, record)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Frame `index` as sRGB [H, W, 3].
+
+        Raises:
+            UserError: the file is missing, damaged or of another size.
+        """
+        import cv2
+
+        path = self.folder / self.files[index]
+        return self._checked(path, cv2.cvtColor(_read(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
+
+    def alpha(self, index: int, matte: Path | None = None) -> NDArray[np.uint8]:
+        """Alpha of frame `index` as [H, W], 0 background to 255 subject.
+
+        Args:
+            index: the frame.
+            matte: the matte stage's folder; by default the one beside the decode stage's.
+
+        Raises:
+            UserError: the file is missing, damaged or of another size.
+        """
+        import cv2
+
+        path = (matte or self.folder.parent / "matte") / alpha_file(index)
+        return self._checked(path, _read(path, cv2.IMREAD_GRAYSCALE))
+
+    def _checked(self, path: Path, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if image.shape[:2] != (self.height, self.width):
+            raise UserError(
+                f"'{path}' is {image.shape[1]}x{image.shape[0]}, the frames are {self.width}x{self.height}.",
+                "rerun the stage that writes it",
+            )
+        return image
+
+
+def frame_file(index: int) -> str:
+    """Path of a frame in the decode stage's folder."""
+    return f"frames/{index:06d}.jpg"
+
+
+def alpha_file(index: int) -> str:
+    """Path of a frame's alpha in the matte stage's folder."""
+    return f"alpha/{index:06d}.png"
+
+
+def save_image(path: Path, image: NDArray[np.uint8], quality: int = 95) -> None:
+    """Write an 8-bit image [H, W, 3] RGB or [H, W] grey by temporary file and rename, JPEG or PNG by the name's ending.
+
+    JPEG keeps full colour resolution (4:4:4). Nothing is flushed to disk: a stage does that once, before publication.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import cv2
+
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
+    options = (
+        [cv2.IMWRITE_PNG_COMPRESSION, 3]
+        if path.suffix == ".png"
+        else [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    )
+    _, data = cv2.imencode(path.suffix, bgr, options)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.tobytes())
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def contact_sheet(
+    images: list[NDArray[np.uint8]], labels: list[str], *, columns: int = 4, width: int = 320
+) -> NDArray[np.uint8]:
+    """Images of one size side by side in rows, each `width` pixels wide with its label; empty places are white."""
+    import cv2
+
+    height = round(images[0].shape[0] * width / images[0].shape[1])
+    sheet = np.full((math.ceil(len(images) / columns) * height, columns * width, 3), 255, np.uint8)
+    for place, (image, label) in enumerate(zip(images, labels, strict=True)):
+        tile = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+            cv2.putText(tile, label, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, thickness, cv2.LINE_AA)
+        y, x = place // columns * height, place % columns * width
+        sheet[y : y + height, x : x + width] = tile
+    return sheet
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of the numbers below `count`, spread evenly, ends included."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, wanted)).round())]
+
+
+def ranges_text(flags: NDArray[np.bool_]) -> str:
+    """The numbers of set flags in words: `frames 12-40, 77`, or `no frames`."""
+    numbers = np.flatnonzero(flags)
+    if not len(numbers):
+        return "no frames"
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return ("frame " if len(numbers) == 1 else "frames ") + ", ".join(parts)
+
+
+def _read(path: Path, mode: int) -> NDArray[np.uint8]:
+    import cv2
+
+    try:
+        data = np.frombuffer(path.read_bytes(), np.uint8)
+    except OSError as error:
+        raise UserError(f"Cannot read '{path}': {error.strerror}.", "rerun the stage that writes it") from None
+    image = cv2.imdecode(data, mode) if len(data) else None
+    if image is None:
+        raise UserError(f"'{path}' is not an image that can be read.", "rerun the stage that writes it")
+    return np.asarray(image, np.uint8)
