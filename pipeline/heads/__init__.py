@@ -1,0 +1,178 @@
+"""Head models behind one interface: a template with linear identity and expression shapes, a neck and two eyes.
+
+`load_head("anny")` gives the default. All head models use the head frame of `docs/conventions.md`: x towards the
+subject's left, y up, z out of the face, metres, origin at the head joint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.geometry import rotvec_to_matrix
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+JOINTS = ("head", "torso", "eye_left", "eye_right")
+
+# The 52 ARKit expressions in MediaPipe's order and spelling. MediaPipe scores all but the last.
+EXPRESSIONS = (
+    *("browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight"),
+    *("cheekPuff", "cheekSquintLeft", "cheekSquintRight", "eyeBlinkLeft", "eyeBlinkRight"),
+    *("eyeLookDownLeft", "eyeLookDownRight", "eyeLookInLeft", "eyeLookInRight"),
+    *("eyeLookOutLeft", "eyeLookOutRight", "eyeLookUpLeft", "eyeLookUpRight"),
+    *("eyeSquintLeft", "eyeSquintRight", "eyeWideLeft", "eyeWideRight"),
+    *("jawForward", "jawLeft", "jawOpen", "jawRight", "mouthClose", "mouthDimpleLeft", "mouthDimpleRight"),
+    *("mouthFrownLeft", "mouthFrownRight", "mouthFunnel", "mouthLeft", "mouthLowerDownLeft", "mouthLowerDownRight"),
+    *("mouthPressLeft", "mouthPressRight", "mouthPucker", "mouthRight", "mouthRollLower", "mouthRollUpper"),
+    *("mouthShrugLower", "mouthShrugUpper", "mouthSmileLeft", "mouthSmileRight", "mouthStretchLeft"),
+    *("mouthStretchRight", "mouthUpperUpLeft", "mouthUpperUpRight", "noseSneerLeft", "noseSneerRight", "tongueOut"),
+)
+
+# How far an eye turns when its eyeLook* coefficient is 1: the turn that anny's own eyeLook* shapes give the pupil.
+GAZE_RANGE_RAD = {"In": 0.38, "Out": 0.37, "Up": 0.19, "Down": 0.31}
+
+
+@dataclass(frozen=True, eq=False)
+class HeadModel:
+    """A head as arrays (float32 unless stated), with differentiable functions of its parameters.
+
+    Identity coefficients are linear with 0 at the template; expression coefficients are those of `expression_names`,
+    in [0, 1]. Regions may overlap: `head` is all that turns with the skull's silhouette (eyes, teeth and tongue
+    included), `torso` the rest (lower neck and shoulders).
+    """
+
+    name: str
+    version: str
+    """The data's own version; part of the key of whatever is computed with it."""
+    template: NDArray[np.float32]
+    """[V, 3] vertices of the neutral average head."""
+    faces: NDArray[np.int32]
+    """[F, 3] vertex indices, counter-clockwise from outside."""
+    uv: NDArray[np.float32] | None
+    """[U, 2] texture coordinates, origin at the bottom left; `uv_faces` [F, 3] index them."""
+    uv_faces: NDArray[np.int32] | None
+    identity_basis: NDArray[np.float32]
+    """[S, V, 3] displacement for one unit of each identity coefficient."""
+    identity_names: tuple[str, ...]
+    identity_low: NDArray[np.float32]
+    """[S] lowest plausible coefficients."""
+    identity_high: NDArray[np.float32]
+    """[S] highest plausible coefficients."""
+    expression_basis: NDArray[np.float32]
+    """[52, V, 3] displacement of each expression at 1; zero where the model lacks it."""
+    expression_names: tuple[str, ...]
+    skin_weights: NDArray[np.float32]
+    """[V, 4] over `JOINTS`, rows sum to 1."""
+    joints: NDArray[np.float32]
+    """[4, 3] rest positions of `JOINTS`; head and torso share the neck's pivot, the origin."""
+    joints_identity_basis: NDArray[np.float32]
+    """[S, 4, 3] how identity moves the joints; zero for head and torso."""
+    regions: Mapping[str, NDArray[np.bool_]]
+    """name -> [V] mask of vertices."""
+    landmark_faces: NDArray[np.int32]
+    """[478] face that carries each of MediaPipe's landmarks."""
+    landmark_bary: NDArray[np.float32]
+    """[478, 3] where in that face."""
+    landmark_spread: NDArray[np.float32]
+    """[478] metres: how far MediaPipe's landmark wanders over the head as pose and expression change (median)."""
+
+    def vertices(self, identity: Tensor, expression: Tensor, neck: Tensor, eyes: Tensor) -> Tensor:
+        """Vertices [T, V, 3] in the head frame: the skull stays, the torso and the eyes turn.
+
+        Args:
+            identity: [S].
+            expression: [T, 52].
+            neck: [T, 3] rotation vectors of the head relative to the torso, about the origin.
+            eyes: [T, 2, 3] rotation vectors of the left and right eye about their centres.
+        """
+
+        def tensor(array: NDArray[np.float32]) -> Tensor:
+            return torch.from_numpy(array).to(device=expression.device, dtype=expression.dtype)
+
+        neutral = tensor(self.template) + torch.einsum("s,svi->vi", identity, tensor(self.identity_basis))
+        rest = neutral + torch.einsum("te,evi->tvi", expression, tensor(self.expression_basis))
+        joints = tensor(self.joints) + torch.einsum("s,sji->ji", identity, tensor(self.joints_identity_basis))
+
+        weights = tensor(self.skin_weights)
+        # Right-multiplying rows by R applies its inverse: the torso turns against the head.
+        torso = torch.einsum("tvi,tij->tvj", rest, rotvec_to_matrix(neck))
+        posed = rest + weights[:, 1:2] * (torso - rest)
+        for eye in range(2):
+            moved = torch.from_numpy(np.flatnonzero(self.skin_weights[:, 2 + eye])).to(expression.device)
+            offset = rest[:, moved] - joints[2 + eye]
+            turned = torch.einsum("tij,tvj->tvi", rotvec_to_matrix(eyes[:, eye]), offset)
+            posed = posed.index_add(1, moved, weights[moved, 2 + eye, None] * (turned - offset))
+        return posed
+
+    def landmarks(self, vertices: Tensor) -> Tensor:
+        """MediaPipe's 478 landmarks [T, 478, 3] on vertices [T, V, 3]."""
+        corners = torch.from_numpy(self.faces[self.landmark_faces].astype(np.int64)).to(vertices.device)
+        bary = torch.from_numpy(self.landmark_bary).to(device=vertices.device, dtype=vertices.dtype)
+        return torch.einsum("lc,tlci->tli", bary, vertices[:, corners])
+
+    def eyes_from_expression(self, expression: Tensor) -> Tensor:
+        """Eye rotation vectors [T, 2, 3] that the eyeLook* coefficients of `expression` [T, 52] stand for.
+
+        A start for a fit and a way to drive the eyes from ARKit coefficients alone, not a calibrated gaze.
+        """
+
+        def angle(direction: str, side: str) -> Tensor:
+            index = self.expression_names.index(f"eyeLook{direction}{side}")
+            return GAZE_RANGE_RAD[direction] * expression[:, index]
+
+        rotvecs = []
+        for side, outwards in (("Left", 1.0), ("Right", -1.0)):
+            pitch = angle("Down", side) - angle("Up", side)
+            yaw = outwards * (angle("Out", side) - angle("In", side))
+            rotvecs.append(torch.stack([pitch, yaw, torch.zeros_like(yaw)], -1))
+        return torch.stack(rotvecs, 1)
+
+    def restrict(self, vertex_mask: NDArray[np.bool_]) -> HeadModel:
+        """The same head with the vertices of `vertex_mask` [V] only, and the faces whose corners all stay.
+
+        Raises:
+            ValueError: a landmark's face would be lost.
+        """
+        kept: NDArray[np.bool_] = np.all(vertex_mask[self.faces], axis=1)
+        if not np.all(kept[self.landmark_faces]):
+            raise ValueError("vertex_mask leaves out vertices that carry landmarks; include `landmark_vertices()`")
+        new_vertex = np.cumsum(vertex_mask, dtype=np.int32) - 1
+        new_face = np.cumsum(kept, dtype=np.int32) - 1
+        return replace(
+            self,
+            template=self.template[vertex_mask],
+            faces=new_vertex[self.faces[kept]],
+            uv_faces=None if self.uv_faces is None else self.uv_faces[kept],
+            identity_basis=np.ascontiguousarray(self.identity_basis[:, vertex_mask]),
+            expression_basis=np.ascontiguousarray(self.expression_basis[:, vertex_mask]),
+            skin_weights=self.skin_weights[vertex_mask],
+            regions={name: mask[vertex_mask] for name, mask in self.regions.items()},
+            landmark_faces=new_face[self.landmark_faces],
+        )
+
+    def landmark_vertices(self) -> NDArray[np.bool_]:
+        """[V] mask of the vertices that carry landmarks: `restrict` to these to fit landmarks cheaply."""
+        mask = np.zeros(len(self.template), dtype=bool)
+        mask[self.faces[self.landmark_faces]] = True
+        return mask
+
+
+def load_head(name: str) -> HeadModel:
+    """The head model of that name.
+
+    Raises:
+        UserError: there is no such head model.
+    """
+    if name == "anny":
+        from pipeline.heads.anny import load_anny
+
+        return load_anny()
+    raise UserError(f'there is no head model "{name}"', 'Choose "anny".')
