@@ -102,6 +102,8 @@ class Stage:
     run: Callable[[StageRun], Result]
     reads: tuple[str, ...] = ()
     """Further config fields, as `section.field`, that this stage's work depends on."""
+    assets: tuple[str, ...] = ()
+    """Assets (`pipeline.assets`) that must be there before the stage works; nothing is fetched while it does."""
     description: str = ""
 
 
@@ -240,6 +242,7 @@ def run_stage(
     stages: Sequence[Stage],
     config: Config,
     *,
+    force: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int = 2,
     reporter: Reporter | None = None,
@@ -247,8 +250,8 @@ def run_stage(
 ) -> dict[str, Any]:
     """Bring one stage up to date and return its manifest. The caller holds the subject's lock.
 
-    A fresh stage is left alone; a half-done one is resumed; a work folder that was finished but not published by a
-    process that died is published.
+    A fresh stage is left alone unless `force` is set; a half-done one is resumed; a work folder that was finished but
+    not published by a process that died is published.
 
     Raises:
         StageError: an input stage is not fresh, or the stage cannot do its work.
@@ -262,13 +265,13 @@ def run_stage(
                 f"Stage '{stage.name}' of '{subject.name}' needs '{other.stage}', which is {other.name}: {other.why}.",
                 f"run: headcast rerun {subject.name} --from {other.stage}",
             )
-    if state.name == "fresh":
+    if state.name == "fresh" and not force:
         assert state.manifest is not None
         return state.manifest
     assert state.key is not None
     work = work_folder(subject, stage, state.key)
     finished = read_manifest(work)
-    if finished is not None and finished.get("key") == state.key and damaged_output(work, finished) is None:
+    if not force and finished is not None and finished.get("key") == state.key and damaged_output(work, finished) is None:
         publish(subject, stage, work)
         return finished
     resumed = work.is_dir()

@@ -1,0 +1,1 @@
+"""The Prefect wiring and nothing else."""

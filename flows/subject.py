@@ -1,0 +1,79 @@
+"""The subject flow: one video to one avatar, seven stages as cached and resumable tasks.
+
+The manifests in the dataset are the only truth about what is fresh (`pipeline.stage`): a task whose stage is fresh
+ends as `Cached` without working, so results can never drift apart from the files they stand for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flows.environment import quiet_prefect
+
+quiet_prefect()
+
+from pipeline.assets import ensure_assets  # noqa: E402
+from pipeline.report import build_report  # noqa: E402
+from prefect import flow, task  # noqa: E402  the environment must be set first
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.runtime import flow_run  # noqa: E402
+from prefect.states import Completed, State  # noqa: E402
+
+from pipeline.progress import default_reporter  # noqa: E402
+from pipeline.run import RunRequest, hold, open_subject, prepare, stop_signals  # noqa: E402
+from pipeline.stage import inspect_stages, run_stage  # noqa: E402
+from stages import STAGES  # noqa: E402
+
+
+def _run_name() -> str:
+    request: RunRequest = flow_run.parameters["request"]
+    return f"subject-{request.target().name}"
+
+
+@flow(name="subject", flow_run_name=_run_name)
+def subject_flow(request: RunRequest) -> list[str]:
+    """Bring a subject up to date, stage after stage, and write its report. Returns the stages that worked.
+
+    Raises:
+        HeadcastError: the request is at fault, or a stage failed; the report is written all the same.
+    """
+    reporter = default_reporter()
+    subject, config, wanted = prepare(request, STAGES)
+
+    def bring_up_to_date(stage_name: str) -> dict[str, Any] | State[dict[str, Any]]:
+        until = next(number for number, stage in enumerate(STAGES, 1) if stage.name == stage_name)
+        state = inspect_stages(subject, STAGES[:until], config)[-1]
+        force = request.first == stage_name
+        if state.name == "fresh" and not force:
+            return Completed(name="Cached", message="fresh: the manifest carries this key")
+        with stop_signals() as stop_requested:
+            return run_stage(
+                subject,
+                STAGES[until - 1],
+                STAGES,
+                config,
+                force=force,
+                device=request.device,
+                threads=request.threads,
+                reporter=reporter,
+                stop_requested=stop_requested,
+            )
+
+    worked = []
+    with hold(subject):
+        open_subject(request, subject, config)
+        ensure_assets({name for stage in wanted for name in stage.assets}, reporter)
+        try:
+            for number, stage in enumerate(wanted, 1):
+                label = f"[{number}/{len(wanted)}] {stage.name}"
+                outcome = task(bring_up_to_date, name=stage.name, cache_policy=NO_CACHE, persist_result=False)(
+                    stage.name
+                )
+                if isinstance(outcome, dict):
+                    worked.append(stage.name)
+                    reporter.message(f"{label}: {outcome['seconds']:.1f} s. {outcome['verdict']['text']}")
+                else:
+                    reporter.message(f"{label}: fresh, left as it is")
+        finally:
+            build_report(subject, STAGES, config)
+    return worked

@@ -1,0 +1,334 @@
+"""The command line. Light at the top: `headcast --help` must not wait for torch or Prefect."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipeline import __version__
+from pipeline.errors import HeadcastError, Interrupted, UserError
+
+Data = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+Settings = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="SECTION.FIELD=VALUE")
+]
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every command."""
+
+    data: Data = Path("data")
+    """The dataset directory, a folder of subjects."""
+    json: Json = False
+    """Print one JSON document on standard output and nothing else there."""
+    verbose: bool = False
+    """Show what happens inside, and tracebacks of defects."""
+
+
+@dataclass(frozen=True)
+class Run(Common):
+    """Make an avatar from a video of one person, or bring it up to date.
+
+    Stages that are finished and unchanged are left alone; a run that was stopped goes on where it was.
+    """
+
+    video: tyro.conf.Positional[Path] = tyro.MISSING
+    """A video file, or a folder of images."""
+    subject: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """The subject's name; by default made from the file's name."""
+    preset: Literal["quick", "standard", "best"] = "quick"
+    """quick: a minute or two on two cores, 256 px. standard: minutes, 512 px. best: the paper's budget, for a GPU."""
+    avatar: Literal["rigged"] = "rigged"
+    """The avatar model."""
+    head: Literal["anny"] = "anny"
+    """The head model; anny needs no licence."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train and render; auto takes a GPU where there is one."""
+    first: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None
+    """Run this stage again even if it is fresh, and what follows as needed."""
+    last: Annotated[str | None, tyro.conf.arg(name="to", metavar="STAGE")] = None
+    """Stop after this stage (decode, track, matte, fit, train, evaluate, export)."""
+    set: Settings = ()
+    """Change a setting, for example --set train.steps=500; may be given several times (docs/settings.md lists all)."""
+
+
+@dataclass(frozen=True)
+class Status(Common):
+    """Show what is fresh, stale, failed or running, and why."""
+
+    subject: tyro.conf.Positional[str | None] = None
+    """One subject in detail; by default all of them."""
+
+
+@dataclass(frozen=True)
+class Rerun(Common):
+    """Run a subject's failed stage, or a named one, and what follows, with the settings of its last run."""
+
+    subject: tyro.conf.Positional[str] = tyro.MISSING
+    """The subject's name."""
+    first: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None
+    """Run this stage again even if it is fresh; by default the first that is not."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train and render; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class Doctor(Common):
+    """Check everything the stages will need, before any work. Exit code 0: fine, 1: degraded, 2: blocked."""
+
+    video: tyro.conf.Positional[Path | None] = None
+    """Check this video too: can it be read, is there a face."""
+
+
+@dataclass(frozen=True)
+class Assets(Common):
+    """List the models and sample clips with their licences, or fetch them ahead of time for an offline site."""
+
+    action: tyro.conf.Positional[Literal["list", "fetch"]] = "list"
+    """list them, or fetch what is missing."""
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Only these; by default all."""
+
+
+@dataclass(frozen=True)
+class Demo(Common):
+    """Run the whole pipeline on the sample clip."""
+
+    preset: Literal["quick", "standard", "best"] = "quick"
+    """Budget of the run, as in `headcast run`."""
+
+
+@dataclass(frozen=True)
+class Bench(Common):
+    """Measure this machine: the rasteriser against its torch reference."""
+
+    what: tyro.conf.Positional[Literal["raster"]] = "raster"
+    """What to measure."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: parse, run, print errors bare, exit with the promised code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in (["--version"], ["version"]):
+        sys.stdout.write(f"headcast {__version__}\n")
+        return
+    commands = {
+        "run": Run,
+        "status": Status,
+        "rerun": Rerun,
+        "doctor": Doctor,
+        "assets": Assets,
+        "demo": Demo,
+        "bench": Bench,
+    }
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="headcast",
+        description="From a video of one person to a head avatar that can be driven. Start with: headcast demo",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    sys.exit(execute(command))
+
+
+def execute(command: Any) -> int:
+    """Run a parsed command and return its exit code."""
+    logging.basicConfig(level=logging.DEBUG if command.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    handlers: dict[type, Callable[[Any], tuple[dict[str, Any], str, int]]] = {
+        Run: _run,
+        Status: _status,
+        Rerun: _rerun,
+        Doctor: _doctor,
+        Assets: _assets,
+        Demo: _demo,
+        Bench: _bench,
+    }
+    with _stdout_kept_clean(command.json) as answer:
+        try:
+            document, text, code = handlers[type(command)](command)
+        except (HeadcastError, KeyboardInterrupt) as error:
+            return _report_error(command, error, answer)
+        answer(json.dumps(document, indent=2, ensure_ascii=False) if command.json else text)
+        return code
+
+
+@contextlib.contextmanager
+def _stdout_kept_clean(as_json: bool) -> Iterator[Callable[[str], None]]:
+    """Give a function that prints the answer; with `--json`, whatever else is printed goes to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    if as_json:
+        os.dup2(2, 1)
+    try:
+        with open(kept, "w", closefd=False) as stream:
+
+            def answer(text: str) -> None:
+                stream.write(text + "\n")
+                stream.flush()
+
+            yield answer
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _report_error(command: Any, error: BaseException, answer: Callable[[str], None]) -> int:
+    """Print an error for a person, and as JSON when asked; after a stop, the command that resumes comes last."""
+    if command.verbose:
+        logging.getLogger(__name__).debug("traceback", exc_info=error)
+    stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+    failure = error if isinstance(error, HeadcastError) else Interrupted("Stopped. What is finished is kept.")
+    sys.stderr.write(f"{'' if stopped else 'error: '}{failure}\n")
+    resume = _resume_command(command) if stopped else None
+    if resume:
+        sys.stderr.write(f"To go on: {resume}\n")
+    if command.json:
+        error_data = {"what": failure.what, "fix": failure.fix, "resume": resume}
+        answer(json.dumps({"schema": 1, "error": error_data}, indent=2, ensure_ascii=False))
+    return failure.exit_code
+
+
+def _resume_command(command: Any) -> str | None:
+    import shlex
+
+    if not isinstance(command, Run | Rerun | Demo):
+        return None
+    subject = "demo" if isinstance(command, Demo) else command.subject
+    if isinstance(command, Run) and subject is None:
+        from pipeline.dataset import subject_name_for
+
+        subject = subject_name_for(command.video)
+    return shlex.join(["headcast", "rerun", str(subject), "--data", str(command.data)])
+
+
+def _run(command: Run) -> tuple[dict[str, Any], str, int]:
+    from pipeline.run import RunRequest
+
+    settings = (f"train.avatar={command.avatar}", f"fit.head={command.head}", *command.set)
+    return _carry_out(
+        RunRequest(
+            data=command.data,
+            subject=command.subject,
+            video=command.video,
+            preset=command.preset,
+            settings=settings,
+            first=command.first,
+            last=command.last,
+            device=command.device,
+        )
+    )
+
+
+def _rerun(command: Rerun) -> tuple[dict[str, Any], str, int]:
+    from pipeline.run import RunRequest
+
+    return _carry_out(
+        RunRequest(data=command.data, subject=command.subject, first=command.first, device=command.device)
+    )
+
+
+def _demo(command: Demo) -> tuple[dict[str, Any], str, int]:
+    from pipeline.assets import asset_path, ensure_assets
+    from pipeline.progress import default_reporter
+    from pipeline.run import RunRequest
+
+    ensure_assets({"sample_clip"}, default_reporter())
+    request = RunRequest(data=command.data, subject="demo", video=asset_path("sample_clip"), preset=command.preset)
+    return _carry_out(request)
+
+
+def _carry_out(request: Any) -> tuple[dict[str, Any], str, int]:
+    """Bring a subject up to date; Prefect starts only when there is something to do."""
+    from pipeline.run import account, nothing_to_do, prepare
+    from pipeline.stage import inspect_stages
+    from stages import STAGES
+
+    states = nothing_to_do(request, STAGES)
+    worked: list[str] = []
+    subject, config, wanted = prepare(request, STAGES)
+    if states is None:
+        from flows.subject import subject_flow
+
+        worked = subject_flow(request)
+        states = inspect_stages(subject, wanted, config)
+    else:
+        sys.stderr.write(f"{subject.name}: everything is fresh, nothing to do.\n")
+    document = account(subject, states, worked)
+    return document, str(subject.report), 0
+
+
+def _status(command: Status) -> tuple[dict[str, Any], str, int]:
+    from pipeline.dataset import Dataset
+    from pipeline.run import account, last_config
+    from pipeline.stage import inspect_stages
+    from stages import STAGES
+
+    dataset = Dataset(command.data)
+    subjects = [dataset.existing(command.subject)] if command.subject else dataset.subjects()
+    documents = [account(s, inspect_stages(s, STAGES, last_config(s))) for s in subjects]
+    if command.subject:
+        return documents[0], _status_lines(documents[0]), 0
+    text = "\n".join(_status_lines(document) for document in documents)
+    return {"schema": 1, "subjects": documents}, text or f"No subjects in '{command.data}'.", 0
+
+
+def _status_lines(document: dict[str, Any]) -> str:
+    lines = [f"{document['subject']}  ({document['folder']})"]
+    for stage in document["stages"]:
+        verdict = (stage["verdict"] or {}).get("text", "")
+        tail = stage["why"] if stage["state"] != "fresh" else verdict
+        lines.append(f"  {stage['stage']:<9}{stage['state']:<9}{tail}")
+    if document["report"]:
+        lines.append(f"  report   {document['report']}")
+    return "\n".join(lines)
+
+
+def _doctor(command: Doctor) -> tuple[dict[str, Any], str, int]:
+    from pipeline.doctor import examine
+
+    findings = examine(command.data, command.video)
+    level = max((finding.level for finding in findings), key=("fine", "degraded", "blocked").index)
+    lines = [
+        f"{finding.level:<9}{finding.what}" + (f"\n         -> {finding.fix}" if finding.fix else "")
+        for finding in findings
+    ]
+    document = {"schema": 1, "level": level, "findings": [vars(finding) for finding in findings]}
+    return document, "\n".join([*lines, f"headcast is {level} here."]), ("fine", "degraded", "blocked").index(level)
+
+
+def _assets(command: Assets) -> tuple[dict[str, Any], str, int]:
+    from pipeline.assets import ensure_assets, list_assets
+    from pipeline.progress import default_reporter
+
+    known = {asset["name"] for asset in list_assets()}
+    unknown = sorted(set(command.names) - known)
+    if unknown:
+        raise UserError(f"There is no asset '{unknown[0]}'.", f"choose from: {', '.join(sorted(known))}")
+    if command.action == "fetch":
+        ensure_assets(set(command.names) or known, default_reporter())
+    rows = [asset for asset in list_assets() if not command.names or asset["name"] in command.names]
+    lines = [f"{a['name']:<18}{a['state']:<9}{a['size'] / 1e6:>7.1f} MB  {a['licence']}\n    {a['path']}" for a in rows]
+    return {"schema": 1, "assets": rows}, "\n".join(lines), 0
+
+
+def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
+    from pipeline.bench_raster import as_table, bench_raster
+
+    document = bench_raster()
+    return document, as_table(document), 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""What one run of a subject is: the request, the settings it means, and the account of how it went.
+
+Both the command line and the flows start here, so that `headcast run` and a deployment understand a request alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.config import Config, Preset, override, preset_config
+from pipeline.dataset import Dataset, Subject, subject_name_for, write_json
+from pipeline.errors import StageError, UserError
+from pipeline.stage import Stage, State, inspect_stages
+
+RUN_RECORD = "run.json"
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class RunRequest(BaseModel):
+    """One run of one subject, as typed on the command line or given to a deployment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    data: Path = Path("data")
+    """The dataset directory."""
+    subject: str | None = None
+    """The subject's name; by default made from the video's file name."""
+    video: Path | None = None
+    """The video, or a folder of images; None for a subject that is there already."""
+    preset: Preset | None = None
+    """Budget of the run; None means the subject's last, or quick."""
+    settings: tuple[str, ...] = ()
+    """Changes to the preset, each `section.field=value`."""
+    first: str | None = None
+    """Run this stage again even if it is fresh, and what follows as needed."""
+    last: str | None = None
+    """Stop after this stage."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train and render."""
+    threads: int = Field(default_factory=usable_cores, ge=1)
+    """CPU threads to use."""
+
+    def target(self) -> Subject:
+        """The subject's folder, named but not made.
+
+        Raises:
+            UserError: the name is not safe, or neither a name nor a video is given.
+        """
+        if self.subject is None and self.video is None:
+            raise UserError("Neither a video nor a subject is named.", "for example: headcast run my_video.mp4")
+        return Dataset(self.data).subject(self.subject or subject_name_for(self.video or Path()))
+
+
+def resolve_config(request: RunRequest, subject: Subject) -> Config:
+    """The settings a request means: its preset and changes; without a video or preset, those of the last run.
+
+    Raises:
+        UserError: a setting or the record of the last run does not fit.
+    """
+    if request.preset is None and request.video is None:
+        return override(last_config(subject), list(request.settings))
+    return override(preset_config(request.preset or "quick"), list(request.settings))
+
+
+def last_config(subject: Subject) -> Config:
+    """The settings of the subject's last run; the quick preset's where there is no record.
+
+    Raises:
+        UserError: the record was written by another version and does not fit.
+    """
+    record = subject.root / RUN_RECORD
+    if not record.exists():
+        return preset_config("quick")
+    try:
+        return Config.model_validate(json.loads(record.read_bytes())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"'{record}' cannot be read as this version's settings.", "name a preset: headcast run VIDEO --preset quick"
+        ) from None
+
+
+def prepare(request: RunRequest, stages: Sequence[Stage]) -> tuple[Subject, Config, list[Stage]]:
+    """Check a request and make it concrete: the subject's folder, the settings, the stages to bring up to date.
+
+    Nothing is written.
+
+    Raises:
+        UserError: a name, setting, stage or path is at fault.
+    """
+    subject = request.target()
+    if request.video is None:
+        Dataset(request.data).existing(subject.name)
+    config = resolve_config(request, subject)
+    names = [stage.name for stage in stages]
+    for asked in (request.first, request.last):
+        if asked is not None and asked not in names:
+            raise UserError(f"There is no stage '{asked}'.", f"choose one of: {', '.join(names)}")
+    end = names.index(request.last) if request.last else len(names) - 1
+    if request.first and names.index(request.first) > end:
+        raise UserError(f"Stage '{request.first}' comes after '{request.last}'.", f"the order is: {', '.join(names)}")
+    return subject, config, list(stages[: end + 1])
+
+
+def open_subject(request: RunRequest, subject: Subject, config: Config) -> None:
+    """Make the subject's folder, register its source and record the settings. The caller holds the lock.
+
+    Raises:
+        UserError: the video is missing or none, or the data folder cannot be written.
+    """
+    from pipeline.source import register_source
+
+    if request.video is not None:
+        register_source(subject, request.video)
+    write_json(subject.root / RUN_RECORD, {"schema": 1, "config": config.model_dump(mode="json")})
+
+
+@contextlib.contextmanager
+def hold(subject: Subject) -> Iterator[None]:
+    """Make the subject's folder if need be and hold its lock.
+
+    Raises:
+        UserError: the data folder cannot be written; another run holds the subject.
+    """
+    new = not subject.root.exists()
+    try:
+        with subject.lock():
+            yield
+    except PermissionError as error:
+        raise UserError(
+            f"The data folder cannot be written: '{error.filename}'.", "make it writable or choose another with --data"
+        ) from None
+    except OSError as error:
+        raise StageError(
+            f"Subject '{subject.name}': {error.strerror or error} ('{error.filename}').",
+            "look at the path (space, permissions, kind) and run the same command again",
+        ) from None
+    finally:
+        if new:
+            _remove_if_empty(subject)
+
+
+def _remove_if_empty(subject: Subject) -> None:
+    """Leave no empty folder behind for a subject whose source was refused."""
+    if not (subject.source / "source.json").exists():
+        with contextlib.suppress(OSError):
+            (subject.work / "lock").unlink(missing_ok=True)
+            for folder in (subject.work, subject.source, subject.root):
+                if folder.is_dir():
+                    folder.rmdir()
+
+
+def nothing_to_do(request: RunRequest, stages: Sequence[Stage]) -> list[State] | None:
+    """The stages' states when the whole request is already fulfilled, else None. Reads only.
+
+    Raises:
+        UserError: as `prepare`, or the video is at fault.
+    """
+    subject, config, wanted = prepare(request, stages)
+    if request.first is not None or not subject.report.is_file() or subject.running():
+        return None
+    if request.video is not None:
+        from pipeline.source import is_registered
+
+        if not is_registered(subject, request.video):
+            return None
+    states = inspect_stages(subject, wanted, config)
+    return states if all(state.name == "fresh" for state in states) else None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl+C or SIGTERM into a request that stages obey between two steps; a second one interrupts.
+
+    Outside the main thread, where no handler can be set, nothing is caught.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def account(subject: Subject, states: Sequence[State], ran: Sequence[str] = ()) -> dict[str, Any]:
+    """How a subject stands, as plain data: what `--json` prints."""
+    stages = []
+    for state in states:
+        manifest = state.manifest or {}
+        stages.append(
+            {
+                "stage": state.stage,
+                "state": state.name,
+                "why": state.why,
+                "ran": state.stage in ran,
+                "key": state.key,
+                "seconds": manifest.get("seconds"),
+                "finished": manifest.get("finished"),
+                "verdict": manifest.get("verdict"),
+                "metrics": manifest.get("metrics"),
+            }
+        )
+    return {
+        "schema": 1,
+        "subject": subject.name,
+        "folder": str(subject.root),
+        "report": str(subject.report) if subject.report.is_file() else None,
+        "fresh": all(state.name == "fresh" for state in states),
+        "stages": stages,
+    }
