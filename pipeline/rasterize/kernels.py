@@ -1,0 +1,725 @@
+"""The CPU backend's numba kernels: projection, binning, compositing, and their hand-written backward passes.
+
+Arrays are float32, contiguous and flat unless said otherwise. Every kernel is worked by a team (`pipeline.rasterize.team`):
+its first argument hands out the chunks. What each chunk writes is its own, and sums run in a fixed order, so results do
+not depend on the number of threads.
+
+Layout of compositing: tiles of 16 x 16 pixels, each 16 blocks of 4 x 4 pixels, which are one vector of 16 lanes. A
+Gaussian that meets a tile is an *entry*; an exact test of its ellipse against the 16 blocks gives the *pairs* (entry,
+block) that are evaluated. The backward pass walks front to back: what lies behind a Gaussian is the pixel's total minus
+what came before, so no transmittance is stored.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from pipeline.rasterize.reference import ALPHA_MAX, ALPHA_MIN, EPS_2D, FAR_PLANE, NEAR_PLANE, TRANSMITTANCE_MIN
+from pipeline.rasterize.reference import MAX_EXTENT_SIGMAS as _MAX_EXTENT
+from pipeline.rasterize.simd import (
+    LANES,
+    at,
+    bits,
+    ceil,
+    exp2,
+    gather,
+    lane_index,
+    load,
+    lowest_bit,
+    maximum,
+    minimum,
+    put,
+    scatter,
+    select,
+    sqrt,
+    store,
+    sums,
+)
+from pipeline.rasterize.team import done, take, wait
+
+TILE = 16
+GAUSSIANS_PER_CHUNK = 512
+PARTS = 8
+"""Independent slices of the depth order in the counting sort by tile."""
+ROW = 16
+"""Floats in a packed Gaussian: one cache line."""
+CAMERA = 18
+"""Floats of a packed camera: rotation (9), translation (3), fx, fy, cx, cy, width, height."""
+
+_f = np.float32
+_LOG2_E = _f(math.log2(math.e))
+_LN_2 = _f(math.log(2.0))
+_LOG2_ALPHA_MIN = _f(math.log2(ALPHA_MIN))
+_CULL_SLACK = _f(1e-3)
+"""Added to log2 alpha in the block test, above its rounding error, so that no contributing pixel is lost."""
+_LANE_X = np.tile(np.arange(4, dtype=np.float32), 4)
+_LANE_Y = np.repeat(np.arange(4, dtype=np.float32), 4)
+_HALF, _ONE, _TWO, _ZERO = _f(0.5), _f(1.0), _f(2.0), _f(0.0)
+_EPS_2D, _NEAR, _FAR = _f(EPS_2D), _f(NEAR_PLANE), _f(FAR_PLANE)
+_ALPHA_MAX, _ALPHA_MIN, _STOP = _f(ALPHA_MAX), _f(ALPHA_MIN), _f(TRANSMITTANCE_MIN)
+_EXTENT_CAP = _f(_MAX_EXTENT)
+_FOV_MARGIN = _f(0.15)
+_TINY = _f(1e-12)
+
+_jit = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_jit
+def project_forward(
+    sync, means, quats, scales, log2_opacities, opacities, camera, means2d, conics, depths, radii, extents, flags
+):
+    """Projection of `reference.project`. `extents` [N,2] gets the exact box half-sizes, 0 where culled; `flags[0]`
+    is raised where an input is not finite."""
+    n = opacities.size
+    chunks = (n + GAUSSIANS_PER_CHUNK - 1) // GAUSSIANS_PER_CHUNK
+    r00, r01, r02 = camera[0], camera[1], camera[2]
+    r10, r11, r12 = camera[3], camera[4], camera[5]
+    r20, r21, r22 = camera[6], camera[7], camera[8]
+    t0, t1, t2 = camera[9], camera[10], camera[11]
+    fx, fy, cx, cy, width, height = camera[12], camera[13], camera[14], camera[15], camera[16], camera[17]
+    x_low, x_high = -(cx / fx + _FOV_MARGIN * width / fx), (width - cx) / fx + _FOV_MARGIN * width / fx
+    y_low, y_high = -(cy / fy + _FOV_MARGIN * height / fy), (height - cy) / fy + _FOV_MARGIN * height / fy
+    while True:
+        chunk = take(sync, 0, chunks)
+        if chunk < 0:
+            break
+        for i in range(chunk * GAUSSIANS_PER_CHUNK, min(n, (chunk + 1) * GAUSSIANS_PER_CHUNK), LANES):
+            mx, my, mz = gather(means, 3, 0, i, n), gather(means, 3, 1, i, n), gather(means, 3, 2, i, n)
+            qw, qx = gather(quats, 4, 0, i, n), gather(quats, 4, 1, i, n)
+            qy, qz = gather(quats, 4, 2, i, n), gather(quats, 4, 3, i, n)
+            s0, s1, s2 = gather(scales, 3, 0, i, n), gather(scales, 3, 1, i, n), gather(scales, 3, 2, i, n)
+            opacity, log2_opacity = gather(opacities, 1, 0, i, n), gather(log2_opacities, 1, 0, i, n)
+            # Anything not finite times zero is NaN, and NaN is not >= 0.
+            poison = (
+                (mx * 0 + my * 0 + mz * 0)
+                + (qw * 0 + qx * 0 + qy * 0 + qz * 0)
+                + (s0 * 0 + s1 * 0 + s2 * 0)
+                + opacity * 0
+            )
+            if bits(poison >= 0) != 0xFFFF:
+                flags[0] = 1
+
+            x = mx * r00 + my * r01 + mz * r02 + t0
+            y = mx * r10 + my * r11 + mz * r12 + t1
+            z = mx * r20 + my * r21 + mz * r22 + t2
+            in_range = (z > _NEAR) & (z < _FAR)
+            rz = _ONE / select(in_range, z, _ONE)
+            xz, yz = x * rz, y * rz
+            j00, j11 = rz * fx, rz * fy
+            j02 = -(minimum(maximum(xz, x_low), x_high) * j00)
+            j12 = -(minimum(maximum(yz, y_low), y_high) * j11)
+            # U = J R_cam, 2 x 3; H = U R_gauss S, 2 x 3; covariance = H H^T + blur.
+            u00, u01, u02 = j00 * r00 + j02 * r20, j00 * r01 + j02 * r21, j00 * r02 + j02 * r22
+            u10, u11, u12 = j11 * r10 + j12 * r20, j11 * r11 + j12 * r21, j11 * r12 + j12 * r22
+            norm = _ONE / maximum(sqrt(qw * qw + qx * qx + qy * qy + qz * qz), _TINY)
+            w, a, b, c = qw * norm, qx * norm, qy * norm, qz * norm
+            g00, g01, g02 = _ONE - (b * b + c * c) * _TWO, (a * b - w * c) * _TWO, (a * c + w * b) * _TWO
+            g10, g11, g12 = (a * b + w * c) * _TWO, _ONE - (a * a + c * c) * _TWO, (b * c - w * a) * _TWO
+            g20, g21, g22 = (a * c - w * b) * _TWO, (b * c + w * a) * _TWO, _ONE - (a * a + b * b) * _TWO
+            h00, h01 = (u00 * g00 + u01 * g10 + u02 * g20) * s0, (u00 * g01 + u01 * g11 + u02 * g21) * s1
+            h02 = (u00 * g02 + u01 * g12 + u02 * g22) * s2
+            h10, h11 = (u10 * g00 + u11 * g10 + u12 * g20) * s0, (u10 * g01 + u11 * g11 + u12 * g21) * s1
+            h12 = (u10 * g02 + u11 * g12 + u12 * g22) * s2
+            cov_xx = h00 * h00 + h01 * h01 + h02 * h02 + _EPS_2D
+            cov_xy = h00 * h10 + h01 * h11 + h02 * h12
+            cov_yy = h10 * h10 + h11 * h11 + h12 * h12 + _EPS_2D
+            det = maximum(cov_xx * cov_yy - cov_xy * cov_xy, _f(1e-10))
+            inverse = _ONE / det
+            u, v = xz * fx + cx, yz * fy + cy
+
+            extent = sqrt(maximum((log2_opacity - _LOG2_ALPHA_MIN) * (_TWO * _LN_2), _ZERO))
+            extent = minimum(extent, _EXTENT_CAP)
+            extent_x, extent_y = extent * sqrt(cov_xx), extent * sqrt(cov_yy)
+            radius_x, radius_y = ceil(extent_x), ceil(extent_y)
+            visible = in_range & (opacity >= _ALPHA_MIN)
+            visible = visible & (u + radius_x > _ZERO) & (u - radius_x < width)
+            visible = visible & (v + radius_y > _ZERO) & (v - radius_y < height)
+
+            scatter(means2d, 2, 0, i, n, u)
+            scatter(means2d, 2, 1, i, n, v)
+            scatter(conics, 3, 0, i, n, cov_yy * inverse)
+            scatter(conics, 3, 1, i, n, -(cov_xy * inverse))
+            scatter(conics, 3, 2, i, n, cov_xx * inverse)
+            scatter(depths, 1, 0, i, n, z)
+            scatter(radii, 1, 0, i, n, select(visible, maximum(radius_x, radius_y), _ZERO))
+            scatter(extents, 2, 0, i, n, select(visible, extent_x, _ZERO))
+            scatter(extents, 2, 1, i, n, select(visible, extent_y, _ZERO))
+        done(sync, 0)
+    wait(sync, 0, chunks)
+
+
+@_jit
+def project_backward(
+    sync,
+    means,
+    quats,
+    scales,
+    camera,
+    conics,
+    radii,
+    v_means2d,
+    v_conics,
+    v_depths,
+    v_means,
+    v_quats,
+    v_scales,
+    v_camera,
+):
+    """Gradients of `project_forward`. `v_camera` [chunks, 12] gets each chunk's share of the gradient of the camera's
+    rotation and translation."""
+    n = radii.size
+    chunks = (n + GAUSSIANS_PER_CHUNK - 1) // GAUSSIANS_PER_CHUNK
+    r00, r01, r02 = camera[0], camera[1], camera[2]
+    r10, r11, r12 = camera[3], camera[4], camera[5]
+    r20, r21, r22 = camera[6], camera[7], camera[8]
+    t0, t1, t2 = camera[9], camera[10], camera[11]
+    fx, fy, cx, cy, width, height = camera[12], camera[13], camera[14], camera[15], camera[16], camera[17]
+    x_low, x_high = -(cx / fx + _FOV_MARGIN * width / fx), (width - cx) / fx + _FOV_MARGIN * width / fx
+    y_low, y_high = -(cy / fy + _FOV_MARGIN * height / fy), (height - cy) / fy + _FOV_MARGIN * height / fy
+    partial = np.empty(LANES, np.float32)
+    while True:
+        chunk = take(sync, 0, chunks)
+        if chunk < 0:
+            break
+        zero = lane_index() * _ZERO
+        w00, w01, w02, w10, w11, w12, w20, w21, w22 = zero, zero, zero, zero, zero, zero, zero, zero, zero
+        vt0, vt1, vt2 = zero, zero, zero
+        for i in range(chunk * GAUSSIANS_PER_CHUNK, min(n, (chunk + 1) * GAUSSIANS_PER_CHUNK), LANES):
+            mx, my, mz = gather(means, 3, 0, i, n), gather(means, 3, 1, i, n), gather(means, 3, 2, i, n)
+            qw, qx = gather(quats, 4, 0, i, n), gather(quats, 4, 1, i, n)
+            qy, qz = gather(quats, 4, 2, i, n), gather(quats, 4, 3, i, n)
+            s0, s1, s2 = gather(scales, 3, 0, i, n), gather(scales, 3, 1, i, n), gather(scales, 3, 2, i, n)
+            k_xx, k_xy, k_yy = gather(conics, 3, 0, i, n), gather(conics, 3, 1, i, n), gather(conics, 3, 2, i, n)
+            visible = gather(radii, 1, 0, i, n) > _ZERO
+            vu = select(visible, gather(v_means2d, 2, 0, i, n), _ZERO)
+            vv = select(visible, gather(v_means2d, 2, 1, i, n), _ZERO)
+            vk_xx = select(visible, gather(v_conics, 3, 0, i, n), _ZERO)
+            vk_xy = select(visible, gather(v_conics, 3, 1, i, n), _ZERO) * _HALF
+            vk_yy = select(visible, gather(v_conics, 3, 2, i, n), _ZERO)
+
+            x = mx * r00 + my * r01 + mz * r02 + t0
+            y = mx * r10 + my * r11 + mz * r12 + t1
+            z = mx * r20 + my * r21 + mz * r22 + t2
+            rz = _ONE / select((z > _NEAR) & (z < _FAR), z, _ONE)
+            xz, yz = x * rz, y * rz
+            j00, j11 = rz * fx, rz * fy
+            xc, yc = minimum(maximum(xz, x_low), x_high), minimum(maximum(yz, y_low), y_high)
+            j02, j12 = -(xc * j00), -(yc * j11)
+            u00, u01, u02 = j00 * r00 + j02 * r20, j00 * r01 + j02 * r21, j00 * r02 + j02 * r22
+            u10, u11, u12 = j11 * r10 + j12 * r20, j11 * r11 + j12 * r21, j11 * r12 + j12 * r22
+            norm = _ONE / maximum(sqrt(qw * qw + qx * qx + qy * qy + qz * qz), _TINY)
+            w, a, b, c = qw * norm, qx * norm, qy * norm, qz * norm
+            g00, g01, g02 = _ONE - (b * b + c * c) * _TWO, (a * b - w * c) * _TWO, (a * c + w * b) * _TWO
+            g10, g11, g12 = (a * b + w * c) * _TWO, _ONE - (a * a + c * c) * _TWO, (b * c - w * a) * _TWO
+            g20, g21, g22 = (a * c - w * b) * _TWO, (b * c + w * a) * _TWO, _ONE - (a * a + b * b) * _TWO
+            m00, m01, m02, m10, m11, m12 = g00 * s0, g01 * s1, g02 * s2, g10 * s0, g11 * s1, g12 * s2
+            m20, m21, m22 = g20 * s0, g21 * s1, g22 * s2
+            h00, h01 = u00 * m00 + u01 * m10 + u02 * m20, u00 * m01 + u01 * m11 + u02 * m21
+            h02 = u00 * m02 + u01 * m12 + u02 * m22
+            h10, h11 = u10 * m00 + u11 * m10 + u12 * m20, u10 * m01 + u11 * m11 + u12 * m21
+            h12 = u10 * m02 + u11 * m12 + u12 * m22
+
+            # d inverse(C) = -inverse(C) dC inverse(C), so the covariance gets -K vK K, and H twice that times H.
+            p00, p01 = k_xx * vk_xx + k_xy * vk_xy, k_xx * vk_xy + k_xy * vk_yy
+            p10, p11 = k_xy * vk_xx + k_yy * vk_xy, k_xy * vk_xy + k_yy * vk_yy
+            vc_xx = (p00 * k_xx + p01 * k_xy) * _f(-2.0)
+            vc_xy = (p00 * k_xy + p01 * k_yy) * _f(-2.0)
+            vc_yy = (p10 * k_xy + p11 * k_yy) * _f(-2.0)
+            vh00, vh01, vh02 = vc_xx * h00 + vc_xy * h10, vc_xx * h01 + vc_xy * h11, vc_xx * h02 + vc_xy * h12
+            vh10, vh11, vh12 = vc_xy * h00 + vc_yy * h10, vc_xy * h01 + vc_yy * h11, vc_xy * h02 + vc_yy * h12
+
+            # H = U M
+            vm00, vm01, vm02 = u00 * vh00 + u10 * vh10, u00 * vh01 + u10 * vh11, u00 * vh02 + u10 * vh12
+            vm10, vm11, vm12 = u01 * vh00 + u11 * vh10, u01 * vh01 + u11 * vh11, u01 * vh02 + u11 * vh12
+            vm20, vm21, vm22 = u02 * vh00 + u12 * vh10, u02 * vh01 + u12 * vh11, u02 * vh02 + u12 * vh12
+            vu00 = vh00 * m00 + vh01 * m01 + vh02 * m02
+            vu01 = vh00 * m10 + vh01 * m11 + vh02 * m12
+            vu02 = vh00 * m20 + vh01 * m21 + vh02 * m22
+            vu10 = vh10 * m00 + vh11 * m01 + vh12 * m02
+            vu11 = vh10 * m10 + vh11 * m11 + vh12 * m12
+            vu12 = vh10 * m20 + vh11 * m21 + vh12 * m22
+
+            # M = R_gauss S
+            vs0 = vm00 * g00 + vm10 * g10 + vm20 * g20
+            vs1 = vm01 * g01 + vm11 * g11 + vm21 * g21
+            vs2 = vm02 * g02 + vm12 * g12 + vm22 * g22
+            vg00, vg01, vg02, vg10, vg11, vg12 = vm00 * s0, vm01 * s1, vm02 * s2, vm10 * s0, vm11 * s1, vm12 * s2
+            vg20, vg21, vg22 = vm20 * s0, vm21 * s1, vm22 * s2
+            vw = (a * (vg21 - vg12) + b * (vg02 - vg20) + c * (vg10 - vg01)) * _TWO
+            va = (b * (vg01 + vg10) + c * (vg02 + vg20) + w * (vg21 - vg12) - a * (vg11 + vg22) * _TWO) * _TWO
+            vb = (a * (vg01 + vg10) + c * (vg12 + vg21) + w * (vg02 - vg20) - b * (vg00 + vg22) * _TWO) * _TWO
+            vc = (a * (vg02 + vg20) + b * (vg12 + vg21) + w * (vg10 - vg01) - c * (vg00 + vg11) * _TWO) * _TWO
+            along = w * vw + a * va + b * vb + c * vc
+            scatter(v_quats, 4, 0, i, n, (vw - w * along) * norm)
+            scatter(v_quats, 4, 1, i, n, (va - a * along) * norm)
+            scatter(v_quats, 4, 2, i, n, (vb - b * along) * norm)
+            scatter(v_quats, 4, 3, i, n, (vc - c * along) * norm)
+            scatter(v_scales, 3, 0, i, n, vs0)
+            scatter(v_scales, 3, 1, i, n, vs1)
+            scatter(v_scales, 3, 2, i, n, vs2)
+
+            # U = J R_cam, J of the camera-space centre; the clamped slope has no gradient outside its range.
+            vj00 = vu00 * r00 + vu01 * r01 + vu02 * r02
+            vj02 = vu00 * r20 + vu01 * r21 + vu02 * r22
+            vj11 = vu10 * r10 + vu11 * r11 + vu12 * r12
+            vj12 = vu10 * r20 + vu11 * r21 + vu12 * r22
+            v_xz = vu * fx - select((xz >= x_low) & (xz <= x_high), vj02 * j00, _ZERO)
+            v_yz = vv * fy - select((yz >= y_low) & (yz <= y_high), vj12 * j11, _ZERO)
+            vx, vy = v_xz * rz, v_yz * rz
+            vz = -(rz * (v_xz * xz + v_yz * yz + vj00 * j00 + vj11 * j11 + vj02 * j02 + vj12 * j12))
+            vz = vz + gather(v_depths, 1, 0, i, n)
+            scatter(v_means, 3, 0, i, n, vx * r00 + vy * r10 + vz * r20)
+            scatter(v_means, 3, 1, i, n, vx * r01 + vy * r11 + vz * r21)
+            scatter(v_means, 3, 2, i, n, vx * r02 + vy * r12 + vz * r22)
+
+            # Surplus lanes repeat the last Gaussian and must not count twice.
+            alive = lane_index() < _f(n - i)
+            vx, vy, vz = select(alive, vx, _ZERO), select(alive, vy, _ZERO), select(alive, vz, _ZERO)
+            j00, j02 = select(alive, j00, _ZERO), select(alive, j02, _ZERO)
+            j11, j12 = select(alive, j11, _ZERO), select(alive, j12, _ZERO)
+            vt0, vt1, vt2 = vt0 + vx, vt1 + vy, vt2 + vz
+            w00, w01, w02 = w00 + vx * mx + j00 * vu00, w01 + vx * my + j00 * vu01, w02 + vx * mz + j00 * vu02
+            w10, w11, w12 = w10 + vy * mx + j11 * vu10, w11 + vy * my + j11 * vu11, w12 + vy * mz + j11 * vu12
+            w20 = w20 + vz * mx + j02 * vu00 + j12 * vu10
+            w21 = w21 + vz * my + j02 * vu01 + j12 * vu11
+            w22 = w22 + vz * mz + j02 * vu02 + j12 * vu12
+        store(partial, 0, sums((w00, w01, w02, w10, w11, w12, w20, w21, w22, vt0, vt1, vt2)))
+        for k in range(12):
+            v_camera[12 * chunk + k] = partial[k]
+        done(sync, 0)
+    wait(sync, 0, chunks)
+
+
+@_jit
+def _sort_by_depth(depths, radii, order):
+    """Write the indices of the visible Gaussians to `order`, front to back, ties by index; how many there are.
+
+    A stable radix sort on the bits of the depth, which is positive, so its bits sort like its value.
+    """
+    n = depths.size
+    keys = np.empty(n, np.uint32)
+    ids = np.empty(n, np.int32)
+    other_keys = np.empty(n, np.uint32)
+    other_ids = order
+    histogram = np.zeros((3, 2048), np.int64)
+    depth_bits = depths.view(np.uint32)
+    count = 0
+    for i in range(n):
+        if radii[i] > _ZERO:
+            key = depth_bits[i]
+            keys[count] = key
+            ids[count] = i
+            count += 1
+            histogram[0, key & 2047] += 1
+            histogram[1, (key >> 11) & 2047] += 1
+            histogram[2, key >> 22] += 1
+    for digit in range(3):
+        shift = 11 * digit
+        if count > 0 and histogram[digit, (keys[0] >> shift) & 2047] == count:
+            continue  # all alike in this digit
+        total = 0
+        for value in range(2048):
+            size = histogram[digit, value]
+            histogram[digit, value] = total
+            total += size
+        for i in range(count):
+            value = (keys[i] >> shift) & 2047
+            position = histogram[digit, value]
+            histogram[digit, value] = position + 1
+            other_keys[position] = keys[i]
+            other_ids[position] = ids[i]
+        keys, other_keys = other_keys, keys
+        ids, other_ids = other_ids, ids
+    for i in range(count):
+        order[i] = ids[i]
+    return count
+
+
+@_jit
+def bin_tiles(
+    sync, means2d, depths, radii, extents, width, height, order, boxes, cursors, slot_starts, offsets, totals
+):
+    """Count the entries of every tile.
+
+    Writes the depth order [N] int32; per place in it the box of tiles [N,4] int32 (x0, y0, x1, y1, half open) and the
+    number of its first slot [N+1] int64; `cursors` [PARTS, tiles] int64, where each part's entries of each tile begin;
+    `offsets` [tiles+1] int64; `totals` = [visible Gaussians, entries, longest tile].
+    """
+    tiles_x, tiles_y = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
+    tiles = tiles_x * tiles_y
+    if take(sync, 0, 1) == 0:
+        totals[0] = _sort_by_depth(depths, radii, order)
+        done(sync, 0)
+    wait(sync, 0, 1)
+    visible = totals[0]
+    while True:
+        part = take(sync, 1, PARTS)
+        if part < 0:
+            break
+        counts = cursors[part]
+        counts[:] = 0
+        slots = 0
+        for i in range(visible * part // PARTS, visible * (part + 1) // PARTS):
+            g = order[i]
+            u, v, ex, ey = means2d[2 * g], means2d[2 * g + 1], extents[2 * g], extents[2 * g + 1]
+            # Pixels whose centre lies in the box; a little slack for rounding, clamped before it becomes an integer.
+            x0 = int(max(_ZERO, np.ceil(u - ex - _f(0.51)))) // TILE
+            y0 = int(max(_ZERO, np.ceil(v - ey - _f(0.51)))) // TILE
+            x1 = min(int(min(_f(width), max(_f(-1.0), np.floor(u + ex - _f(0.49))))) // TILE + 1, tiles_x)
+            y1 = min(int(min(_f(height), max(_f(-1.0), np.floor(v + ey - _f(0.49))))) // TILE + 1, tiles_y)
+            boxes[4 * i], boxes[4 * i + 1], boxes[4 * i + 2], boxes[4 * i + 3] = x0, y0, x1, y1
+            for ty in range(y0, y1):
+                for tx in range(x0, x1):
+                    counts[ty * tiles_x + tx] += 1
+            slot_starts[i] = slots  # within the part for now
+            slots += max(0, x1 - x0) * max(0, y1 - y0)
+        totals[3 + part] = slots
+        done(sync, 1)
+    wait(sync, 1, PARTS)
+    if take(sync, 2, 1) == 0:
+        total = 0
+        longest = 0
+        for tile in range(tiles):
+            offsets[tile] = total
+            for part in range(PARTS):
+                size = cursors[part, tile]
+                cursors[part, tile] = total
+                total += size
+            longest = max(longest, total - offsets[tile])
+        offsets[tiles] = total
+        totals[1] = total
+        totals[2] = longest
+        base = 0
+        for part in range(PARTS):
+            size = totals[3 + part]
+            totals[3 + part] = base
+            base += size
+        slot_starts[visible] = total
+        done(sync, 2)
+    wait(sync, 2, 1)
+
+
+@_jit
+def _fill_entries(
+    sync,
+    phase,
+    means2d,
+    conics,
+    log2_opacities,
+    colors,
+    width,
+    order,
+    boxes,
+    cursors,
+    slot_starts,
+    totals,
+    rows,
+    entry_rows,
+    entry_slots,
+):
+    """Pack the visible Gaussians in depth order and list the entries of every tile, front to back."""
+    tiles_x = (width + TILE - 1) // TILE
+    visible = totals[0]
+    while True:
+        part = take(sync, phase, PARTS)
+        if part < 0:
+            break
+        cursor = cursors[part]
+        base = totals[3 + part]
+        for i in range(visible * part // PARTS, visible * (part + 1) // PARTS):
+            g = order[i]
+            a, b, c = at(conics, 3 * g), at(conics, 3 * g + 1), at(conics, 3 * g + 2)
+            r = ROW * i
+            put(rows, r, at(means2d, 2 * g))
+            put(rows, r + 1, at(means2d, 2 * g + 1))
+            put(rows, r + 2, _HALF * _LOG2_E * a)
+            put(rows, r + 3, _LOG2_E * b)
+            put(rows, r + 4, _HALF * _LOG2_E * c)
+            put(rows, r + 5, at(log2_opacities, g))
+            put(rows, r + 6, at(colors, 3 * g))
+            put(rows, r + 7, at(colors, 3 * g + 1))
+            put(rows, r + 8, at(colors, 3 * g + 2))
+            put(rows, r + 9, -b / c)
+            put(rows, r + 10, -b / a)
+            slot = base + slot_starts[i]
+            slot_starts[i] = slot
+            for ty in range(boxes[4 * i + 1], boxes[4 * i + 3]):
+                for tx in range(boxes[4 * i], boxes[4 * i + 2]):
+                    tile = ty * tiles_x + tx
+                    e = cursor[tile]
+                    cursor[tile] = e + 1
+                    entry_rows[e] = r
+                    entry_slots[e] = slot
+                    slot += 1
+        done(sync, phase)
+    wait(sync, phase, PARTS)
+
+
+@_jit
+def composite_forward(
+    sync,
+    means2d,
+    conics,
+    log2_opacities,
+    colors,
+    background,
+    width,
+    height,
+    order,
+    boxes,
+    cursors,
+    slot_starts,
+    offsets,
+    totals,
+    rows,
+    entry_rows,
+    entry_slots,
+    entry_masks,
+    image,
+    alpha,
+):
+    """Image [H,W,3] and alpha [H,W] of the binned Gaussians; `entry_masks` keeps which blocks each entry meets."""
+    _fill_entries(
+        sync,
+        0,
+        means2d,
+        conics,
+        log2_opacities,
+        colors,
+        width,
+        order,
+        boxes,
+        cursors,
+        slot_starts,
+        totals,
+        rows,
+        entry_rows,
+        entry_slots,
+    )
+    tiles_x, tiles_y = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
+    tiles = tiles_x * tiles_y
+    longest = totals[2]
+    lists = np.empty(16 * longest, np.int32)
+    lengths = np.empty(16, np.int64)
+    pixels = np.empty(4 * LANES, np.float32)
+    lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
+    b0, b1, b2 = background[0], background[1], background[2]
+    while True:
+        tile = take(sync, 1, tiles)
+        if tile < 0:
+            break
+        left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
+        first, last = offsets[tile], offsets[tile + 1]
+        inside = 0
+        for block in range(16):
+            lengths[block] = 0
+            if left + 4 * (block % 4) < width and top + 4 * (block // 4) < height:
+                inside |= 1 << block
+        block_left, block_top = lane_x * _f(4.0) + _f(left + 0.5), lane_y * _f(4.0) + _f(top + 0.5)
+        for e in range(first, last):
+            r = at(entry_rows, e)
+            mx, my, a, b, c = at(rows, r), at(rows, r + 1), at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
+            # The least of a convex quadratic over a rectangle lies on the edges that face its centre.
+            x_low, y_low = block_left - mx, block_top - my
+            x_high, y_high = x_low + _f(3.0), y_low + _f(3.0)
+            x_near, y_near = maximum(x_low, minimum(x_high, _ZERO)), maximum(y_low, minimum(y_high, _ZERO))
+            y_best = maximum(y_low, minimum(y_high, x_near * at(rows, r + 9)))
+            x_best = maximum(x_low, minimum(x_high, y_near * at(rows, r + 10)))
+            on_x = x_near * (x_near * a + y_best * b) + y_best * y_best * c
+            on_y = x_best * (x_best * a + y_near * b) + y_near * y_near * c
+            meets = minimum(on_x, on_y) < at(rows, r + 5) - _LOG2_ALPHA_MIN + _CULL_SLACK
+            mask = bits(meets) & inside
+            put(entry_masks, e, np.uint16(mask))
+            while mask != 0:
+                block = lowest_bit(mask)
+                mask &= mask - 1
+                length = at(lengths, block)
+                put(lists, block * longest + length, np.int32(r))
+                put(lengths, block, length + 1)
+        for block in range(16):
+            if (inside >> block) & 1 == 0:
+                continue
+            x0, y0 = left + 4 * (block % 4), top + 4 * (block // 4)
+            px, py = lane_x + _f(x0 + 0.5), lane_y + _f(y0 + 0.5)
+            red = lane_x * _ZERO
+            green, blue, end = red, red, red + _ONE
+            trans = end
+            start = block * longest
+            for k in range(start, start + at(lengths, block)):
+                r = at(lists, k)
+                dx, dy = at(rows, r) - px, at(rows, r + 1) - py
+                power = at(rows, r + 5) - (
+                    dx * (dx * at(rows, r + 2) + dy * at(rows, r + 3)) + dy * dy * at(rows, r + 4)
+                )
+                a_pixel = minimum(exp2(maximum(power, _f(-100.0))), _ALPHA_MAX)
+                weight = select(power >= _LOG2_ALPHA_MIN, a_pixel, _ZERO) * trans
+                after = trans - weight
+                # A finished pixel has trans 0 and never gets above the stop again; `end` keeps its transmittance.
+                open_ = after > _STOP
+                weight = select(open_, weight, _ZERO)
+                end = select(open_, after, end)
+                trans = select(open_, after, _ZERO)
+                red, green, blue = (
+                    red + weight * at(rows, r + 6),
+                    green + weight * at(rows, r + 7),
+                    blue + weight * at(rows, r + 8),
+                )
+                if bits(open_) == 0:
+                    break
+            store(pixels, 0, red + end * b0)
+            store(pixels, 16, green + end * b1)
+            store(pixels, 32, blue + end * b2)
+            store(pixels, 48, _ONE - end)
+            for y in range(min(4, height - y0)):
+                for x in range(min(4, width - x0)):
+                    p = (y0 + y) * width + x0 + x
+                    lane = 4 * y + x
+                    put(image, 3 * p, at(pixels, lane))
+                    put(image, 3 * p + 1, at(pixels, 16 + lane))
+                    put(image, 3 * p + 2, at(pixels, 32 + lane))
+                    put(alpha, p, at(pixels, 48 + lane))
+        done(sync, 1)
+    wait(sync, 1, tiles)
+
+
+@_jit
+def composite_backward(
+    sync,
+    conics,
+    opacities,
+    width,
+    height,
+    order,
+    slot_starts,
+    offsets,
+    totals,
+    rows,
+    entry_rows,
+    entry_slots,
+    entry_masks,
+    image,
+    alpha,
+    v_image,
+    v_alpha,
+    slots,
+    v_means2d,
+    v_conics,
+    v_opacities,
+    v_colors,
+):
+    """Gradients of `composite_forward` for the Gaussians. `slots` [entries, 16] holds each entry's share; outputs must
+    start as zeros."""
+    tiles_x, tiles_y = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
+    tiles = tiles_x * tiles_y
+    visible, longest = totals[0], totals[2]
+    lists = np.empty(16 * longest, np.int32)
+    lengths = np.empty(16, np.int64)
+    shares = np.empty(LANES * longest, np.float32)
+    pixels = np.empty(6 * LANES, np.float32)
+    lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
+    zero = lane_x * _ZERO
+    while True:
+        tile = take(sync, 0, tiles)
+        if tile < 0:
+            break
+        left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
+        first, last = offsets[tile], offsets[tile + 1]
+        for block in range(16):
+            lengths[block] = 0
+        for e in range(first, last):
+            mask = np.int64(at(entry_masks, e))
+            store(shares, LANES * (e - first), zero)
+            while mask != 0:
+                block = lowest_bit(mask)
+                mask &= mask - 1
+                length = at(lengths, block)
+                put(lists, block * longest + length, np.int32(e - first))
+                put(lengths, block, length + 1)
+        for block in range(16):
+            length = at(lengths, block)
+            if length == 0:
+                continue
+            x0, y0 = left + 4 * (block % 4), top + 4 * (block // 4)
+            pixels[:] = _ZERO
+            for y in range(min(4, height - y0)):
+                for x in range(min(4, width - x0)):
+                    p = (y0 + y) * width + x0 + x
+                    lane = 4 * y + x
+                    red, green, blue = at(v_image, 3 * p), at(v_image, 3 * p + 1), at(v_image, 3 * p + 2)
+                    put(pixels, lane, red)
+                    put(pixels, 16 + lane, green)
+                    put(pixels, 32 + lane, blue)
+                    out = red * at(image, 3 * p) + green * at(image, 3 * p + 1) + blue * at(image, 3 * p + 2)
+                    # What is behind: the rest of the colours and, through the last transmittance, background and alpha.
+                    put(pixels, 48 + lane, out - (_ONE - at(alpha, p)) * at(v_alpha, p))
+            v_red, v_green, v_blue, behind = load(pixels, 0), load(pixels, 16), load(pixels, 32), load(pixels, 48)
+            px, py = lane_x + _f(x0 + 0.5), lane_y + _f(y0 + 0.5)
+            trans = zero + _ONE
+            start = block * longest
+            for k in range(start, start + length):
+                e = at(lists, k)
+                r = at(entry_rows, first + e)
+                dx, dy = at(rows, r) - px, at(rows, r + 1) - py
+                power = at(rows, r + 5) - (
+                    dx * (dx * at(rows, r + 2) + dy * at(rows, r + 3)) + dy * dy * at(rows, r + 4)
+                )
+                a_free = exp2(maximum(power, _f(-100.0)))
+                a_pixel = select(power >= _LOG2_ALPHA_MIN, minimum(a_free, _ALPHA_MAX), _ZERO)
+                weight = a_pixel * trans
+                after = trans - weight
+                open_ = after > _STOP
+                weight = select(open_, weight, _ZERO)
+                seen = v_red * at(rows, r + 6) + v_green * at(rows, r + 7) + v_blue * at(rows, r + 8)
+                behind = behind - weight * seen
+                # d alpha, times alpha: the gradient of log alpha, zero where alpha is capped.
+                slope = a_pixel * (trans * seen - behind / (_ONE - a_pixel))
+                slope = select(open_ & (a_free <= _ALPHA_MAX), slope, _ZERO)
+                trans = select(open_, after, _ZERO)
+                slope_x, slope_y = slope * dx, slope * dy
+                share = sums(
+                    (
+                        slope,
+                        slope_x,
+                        slope_y,
+                        slope_x * dx,
+                        slope_x * dy,
+                        slope_y * dy,
+                        weight * v_red,
+                        weight * v_green,
+                        weight * v_blue,
+                    )
+                )
+                store(shares, LANES * e, load(shares, LANES * e) + share)
+                if bits(open_) == 0:
+                    break
+        for e in range(first, last):
+            store(slots, LANES * at(entry_slots, e), load(shares, LANES * (e - first)))
+        done(sync, 0)
+    wait(sync, 0, tiles)
+
+    chunks = (visible + GAUSSIANS_PER_CHUNK - 1) // GAUSSIANS_PER_CHUNK
+    while True:
+        chunk = take(sync, 1, chunks)
+        if chunk < 0:
+            break
+        for i in range(chunk * GAUSSIANS_PER_CHUNK, min(visible, (chunk + 1) * GAUSSIANS_PER_CHUNK)):
+            total = zero
+            for slot in range(slot_starts[i], slot_starts[i + 1]):
+                total = total + load(slots, LANES * slot)
+            store(pixels, 0, total)
+            g = order[i]
+            a, b, c = conics[3 * g], conics[3 * g + 1], conics[3 * g + 2]
+            v_means2d[2 * g] = -(a * pixels[1] + b * pixels[2])
+            v_means2d[2 * g + 1] = -(b * pixels[1] + c * pixels[2])
+            v_conics[3 * g] = -_HALF * pixels[3]
+            v_conics[3 * g + 1] = -pixels[4]
+            v_conics[3 * g + 2] = -_HALF * pixels[5]
+            v_opacities[g] = pixels[0] / opacities[g]
+            v_colors[3 * g] = pixels[6]
+            v_colors[3 * g + 1] = pixels[7]
+            v_colors[3 * g + 2] = pixels[8]
+        done(sync, 1)
+    wait(sync, 1, chunks)
