@@ -83,7 +83,7 @@ def loads(library: str) -> bool:
 
 def make_venv() -> None:
     """Make `.venv`, anew when it was made by another Python."""
-    shown = [PYTHON, "-c", "import sys; print(sys.version)"]
+    shown: list[str | Path] = [PYTHON, "-c", "import sys; print(sys.version)"]
     if PYTHON.exists() and subprocess.run(shown, capture_output=True, text=True).stdout.strip() == sys.version:
         return
     say("making .venv")
@@ -97,7 +97,7 @@ def install_packages() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in OPENCV_STAND_INS:
             write_stand_in(Path(folder), name, pinned(name), "opencv-contrib-python-headless")
-        pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip: list[str | Path] = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         options = ["--find-links", folder, "--constraint", "constraints.txt", "--editable", ".[dev]"]
         if subprocess.run([*pip, *options], cwd=ROOT, check=False).returncode != 0:
             fail(

@@ -1,0 +1,30 @@
+"""Shared fixtures: real clips where they are, and a cache of assets that is shared by the whole session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    """Folder of the real test clips, named by HEADCAST_CLIPS."""
+    folder = os.environ.get("HEADCAST_CLIPS")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("HEADCAST_CLIPS names no folder of test clips")
+    return Path(folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none, and say so."""
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device here")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
