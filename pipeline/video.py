@@ -1,16 +1,397 @@
-"""Reading and writing video files with PyAV."""
+"""Reading and writing videos with PyAV, and reading a folder of images as if it were one.
+
+PyAV decodes but leaves orientation, untagged colour and high dynamic range to its caller; they are handled here, so
+that a frame is an upright sRGB image with a time. Nothing is held but the frame at hand.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_FOLDER_FPS = Fraction(25)
+"""Images carry no time; they are taken to follow each other at this rate."""
+
+# Numbers of ISO/IEC 23091-2 (H.273): matrix coefficients to swscale's colour spaces, and the two HDR transfers.
+_SWS_COLOURSPACE = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
+_UNTAGGED, _RGB = 2, 0
+_PQ, _HLG = 16, 18
+_BT2020_PRIMARIES = 9
+_FULL_RANGE = 2
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video says of itself, checked by decoding its first frame."""
+
+    kind: str
+    """`video` or `images`."""
+    codec: str
+    width: int
+    height: int
+    """Size of the upright picture with square pixels."""
+    fps: str
+    """Mean rate as a fraction, as tagged."""
+    frames: int
+    """Number of frames as tagged, 0 where untagged; headers lie, only decoding tells."""
+    seconds: float
+    orientation: str
+    """`upright`, or what is done to the stored picture."""
+    colour: str
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "warnings": list(self.warnings)}
+
+
+class Frame:
+    """One decoded frame: its number in the source, its time, and its pixels in the forms that are asked for."""
+
+    def __init__(self, index: int, time: float, width: int, height: int) -> None:
+        self.index = index
+        self.time = time
+        """Seconds from the first frame."""
+        self.width = width
+        self.height = height
+        """Size of the upright picture with square pixels."""
+
+    def luma(self) -> NDArray[np.uint8]:
+        """Grey values [H, W], 0 black to 255 white."""
+        raise NotImplementedError
+
+    def rgb(self, width: int | None = None, height: int | None = None) -> NDArray[np.uint8]:
+        """The sRGB image [height, width, 3], averaged down to that size where one is given."""
+        raise NotImplementedError
+
+
+class _ImageFrame(Frame):
+    def __init__(self, index: int, image: NDArray[np.uint8]) -> None:
+        super().__init__(index, float(index / IMAGE_FOLDER_FPS), image.shape[1], image.shape[0])
+        self._image = image
+
+    def luma(self) -> NDArray[np.uint8]:
+        import cv2
+
+        return np.asarray(cv2.cvtColor(self._image, cv2.COLOR_RGB2GRAY), np.uint8)
+
+    def rgb(self, width: int | None = None, height: int | None = None) -> NDArray[np.uint8]:
+        import cv2
+
+        size = (width or self.width, height or self.height)
+        if size == (self.width, self.height):
+            return self._image
+        return np.asarray(cv2.resize(self._image, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+class _VideoFrame(Frame):
+    def __init__(self, index: int, time: float, frame: Any, turn: tuple[int, int, int, int], aspect: Fraction) -> None:
+        self._frame, self._turn = frame, turn
+        self._stored = (max(1, round(frame.width * aspect)), frame.height)
+        size = self._stored if turn[0] else self._stored[::-1]
+        super().__init__(index, time, *size)
+
+    def luma(self) -> NDArray[np.uint8]:
+        return self._converted("gray", self.width, self.height)
+
+    def rgb(self, width: int | None = None, height: int | None = None) -> NDArray[np.uint8]:
+        width, height = width or self.width, height or self.height
+        if self._frame.color_trc in (_PQ, _HLG):
+            signal = self._converted("rgb48le", width, height)
+            return to_standard_range(signal, "pq" if self._frame.color_trc == _PQ else "hlg")
+        return self._converted("rgb24", width, height)
+
+    def _converted(self, pixel_format: str, width: int, height: int) -> NDArray[Any]:
+        """The upright picture in a full-range format; colour space and range are named, not left to defaults."""
+        stored = (width, height) if self._turn[0] else (height, width)
+        frame = self._frame.reformat(
+            *stored,
+            format=pixel_format,
+            src_colorspace=_colourspace(self._frame, *self._stored),
+            src_color_range="JPEG" if _is_full_range(self._frame) else "MPEG",
+            dst_color_range="JPEG",
+            interpolation="AREA" if stored != (self._frame.width, self._frame.height) else "BICUBIC",
+        )
+        return np.ascontiguousarray(_upright(frame.to_ndarray(), self._turn))
+
+
+def probe(path: Path) -> VideoInfo:
+    """What a video file or a folder of images is.
+
+    Raises:
+        UserError: it is missing, empty, no video, or nothing in it decodes.
+    """
+    if path.is_dir():
+        files = image_files(path)
+        first = _read_image(files[0])
+        height, width = first.shape[:2]
+        seconds = float(len(files) / IMAGE_FOLDER_FPS)
+        suffix = files[0].suffix[1:].lower()
+        return VideoInfo(
+            "images", suffix, width, height, str(IMAGE_FOLDER_FPS), len(files), seconds, "upright", "sRGB", ()
+        )
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        frame = _first_frame(container, path)
+        turn = _display_turn(frame)
+        shown = _VideoFrame(0, 0.0, frame, turn, _pixel_aspect(stream, frame))
+        space, full = _colourspace(frame, frame.width, frame.height), _is_full_range(frame)
+        warnings = []
+        if frame.colorspace == _UNTAGGED and frame.format.name.startswith("yuv"):
+            standard = "BT.709" if space == "ITU709" else "BT.601"
+            warnings.append(f"The colour standard is not tagged; {standard} is taken, as usual at this size.")
+        if frame.color_trc in (_PQ, _HLG):
+            name = "PQ" if frame.color_trc == _PQ else "HLG"
+            warnings.append(f"The video is HDR ({name}); it is mapped to the standard range, highlights are dulled.")
+        elif frame.color_primaries == _BT2020_PRIMARIES:
+            warnings.append("The video has wide-gamut colours; they are shown a little pale.")
+        if frame.interlaced_frame:
+            warnings.append("The video is interlaced; fast motion will show combs.")
+        seconds = float(container.duration or 0) / 1_000_000
+        return VideoInfo(
+            kind="video",
+            codec=stream.codec_context.name,
+            width=shown.width,
+            height=shown.height,
+            fps=str(stream.average_rate or stream.guessed_rate or IMAGE_FOLDER_FPS),
+            frames=int(stream.frames),
+            seconds=round(seconds, 3),
+            orientation=_turn_name(turn),
+            colour=f"{frame.format.name}, {space or 'RGB'}, {'full' if full else 'limited'} range",
+            warnings=tuple(warnings),
+        )
+
+
+def read_frames(
+    path: Path, *, threads: int = 2, on_damage: Callable[[str], None] = lambda text: None
+) -> Iterator[Frame]:
+    """Decode a video file or a folder of images, frame by frame, in order of time; only one frame is held.
+
+    Times are the frames' own (presentation time stamps), so a variable rate is kept; they strictly increase.
+
+    Args:
+        path: the file or folder.
+        threads: decoding threads.
+        on_damage: told in words what could not be decoded; the frames that can be are delivered.
+
+    Raises:
+        UserError: it is missing, empty, no video, nothing in it decodes, or an image differs in size.
+    """
+    if path.is_dir():
+        yield from _read_images(path)
+        return
+    import av
+
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
+        step = float(1 / (stream.average_rate or stream.guessed_rate or IMAGE_FOLDER_FPS))
+        index, start, last, broken = 0, None, -math.inf, 0
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.error.FFmpegError as error:
+                on_damage(f"the file breaks off after frame {index}: {error.strerror}")
+                packet = None
+            try:
+                frames = stream.decode(packet) if packet is not None else stream.decode(None)
+            except av.error.EOFError:
+                frames = []
+            except av.error.FFmpegError:
+                frames, broken = [], broken + 1
+            for frame in frames:
+                stamp = float(frame.time) if frame.time is not None else None
+                start = stamp if start is None else start
+                time = stamp - start if stamp is not None and start is not None else last + step
+                time = time if time > last else last + step / 100
+                last = time
+                turn, aspect = _display_turn(frame), _pixel_aspect(stream, frame)
+                yield _VideoFrame(index, max(time, 0.0), frame, turn, aspect)
+                index += 1
+            if packet is None or (packet.dts is None and not packet.size):
+                break
+        if broken:
+            on_damage(f"{broken} parts of the file could not be decoded")
+        if not index:
+            raise UserError(f"No frame of '{path}' can be decoded.", "check that it plays, and copy or record it again")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder in the order of their names, numbers by value (`2.png` before `10.png`).
+
+    Raises:
+        UserError: there are none.
+    """
+    import re
+
+    def natural(path: Path) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name.lower())]
+
+    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()), key=natural)
+    if not files:
+        raise UserError(
+            f"There are no images in the folder '{folder}'.",
+            f"name a video, or a folder with files that end in {', '.join(IMAGE_SUFFIXES)}",
+        )
+    return files
+
+
+def to_standard_range(signal: NDArray[np.uint16], transfer: str) -> NDArray[np.uint8]:
+    """HDR to sRGB: BT.2100's transfer to light, BT.2020 to BT.709 primaries, and a shoulder for the highlights.
+
+    The reference white of BT.2408 (203 cd/m2) becomes 0.8 of the light of sRGB's white; what is brighter, up to
+    1000 cd/m2, is compressed into the rest.
+
+    Args:
+        signal: full-range R'G'B' [H, W, 3], 0 to 65535.
+        transfer: `pq` or `hlg` (the latter shown at 1000 cd/m2, system gamma 1.2).
+    """
+    import cv2
+
+    levels = np.linspace(0, 1, 4096)
+    if transfer == "pq":
+        root = levels ** (1 / 78.84375)
+        table = 10_000 * (np.maximum(root - 0.8359375, 0) / (18.8515625 - 18.6875 * root)) ** (1 / 0.1593017578125)
+    else:
+        a, b, c = 0.17883277, 0.28466892, 0.55991073
+        table = np.where(levels <= 0.5, levels**2 / 3, (np.exp((levels - c) / a) + b) / 12)
+    light = table.astype(np.float32)[signal >> 4]
+    if transfer == "hlg":
+        luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
+        light *= 1000 * np.maximum(luminance, 1e-6)[..., None] ** 0.2
+    to_bt709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])
+    light = np.maximum(cv2.transform(light, to_bt709.astype(np.float32)) * np.float32(0.8 / 203), 0)
+    peak, knee, top = light.max(axis=-1, keepdims=True), 0.7, 0.8 * 1000 / 203
+    over = np.clip((peak - knee) / (top - knee), 0, 1)
+    # Rises from the knee with slope 1 and reaches 1 at the top; it scales all channels alike, which keeps the hue.
+    slope = (top - knee) / (1 - knee)
+    shoulder = knee + (1 - knee) * slope * over / (1 + (slope - 1) * over)
+    light *= np.where(peak > knee, shoulder / np.maximum(peak, 1e-6), 1)
+    steps = np.linspace(0, 1, 4096)
+    srgb = np.where(steps <= 0.0031308, 12.92 * steps, 1.055 * steps ** (1 / 2.4) - 0.055)
+    return np.round(srgb * 255).astype(np.uint8)[np.clip(light * 4095 + 0.5, 0, 4095).astype(np.uint16)]
+
+
+def _read_images(folder: Path) -> Iterator[Frame]:
+    size: tuple[int, ...] | None = None
+    for index, file in enumerate(image_files(folder)):
+        image = _read_image(file)
+        size = size or image.shape
+        if image.shape != size:
+            raise UserError(
+                f"'{file}' is {image.shape[1]}x{image.shape[0]}, the images before it are {size[1]}x{size[0]}.",
+                "give images of one size",
+            )
+        yield _ImageFrame(index, image)
+
+
+def _read_image(file: Path) -> NDArray[np.uint8]:
+    import cv2
+
+    data = np.frombuffer(file.read_bytes(), np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    if image is None:
+        raise UserError(f"'{file}' is not an image that can be read.", "remove it from the folder or replace it")
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def _open(path: Path) -> Any:
+    """An opened container with a video stream. Only plain files: a playlist cannot make it open a connection."""
+    import av
+
+    if not path.exists():
+        raise UserError(f"There is no file '{path}'.", "check the path")
+    if not path.is_file():
+        raise UserError(f"'{path}' is neither a file nor a folder.", "name a video file or a folder of images")
+    if not path.stat().st_size:
+        raise UserError(f"'{path}' is empty (0 bytes).", "copy or record it again")
+    try:
+        container = av.open(f"file:{path.resolve()}", options={"protocol_whitelist": "file"})
+    except PermissionError:
+        raise UserError(f"'{path}' may not be read.", "change its permissions") from None
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(
+            f"'{path}' is not a video that can be read ({error.strerror or error}).",
+            "name a video file such as .mp4, .mov or .webm; if it is one, it may be cut off: copy or record it again",
+        ) from None
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"'{path}' holds no pictures, only sound or text.", "name a video file")
+    return container
+
+
+def _first_frame(container: Any, path: Path) -> Any:
+    import av
+
+    try:
+        for frame in container.decode(video=0):
+            return frame
+    except av.error.FFmpegError as error:
+        raise UserError(f"No frame of '{path}' can be decoded ({error.strerror}).", "copy or record it again") from None
+    raise UserError(f"No frame of '{path}' can be decoded.", "check that it plays, and copy or record it again")
+
+
+def _display_turn(frame: Any) -> tuple[int, int, int, int]:
+    """The rotation and flip that make a frame upright, as the 2x2 part of its display matrix with entries -1, 0, 1.
+
+    The matrix takes stored x, y to (a x + c y, b x + d y). PyAV's `rotation` alone cannot tell a flip from a turn.
+    """
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            matrix = np.frombuffer(bytes(data), np.int32)[:5].astype(float)
+            a, b, c, d = matrix[[0, 1, 3, 4]]
+            if abs(a) >= abs(b):
+                return (-1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1)
+            return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
+    return (1, 0, 0, 1)
+
+
+def _upright(image: NDArray[Any], turn: tuple[int, int, int, int]) -> NDArray[Any]:
+    a, b, c, d = turn
+    if not a:
+        image, a, d = image.swapaxes(0, 1), c, b
+    return image[:: d or 1, :: a or 1]
+
+
+def _turn_name(turn: tuple[int, int, int, int]) -> str:
+    a, b, c, d = turn
+    if turn == (1, 0, 0, 1):
+        return "upright"
+    mirrored = a * d - b * c < 0
+    degrees = {(-1, 0): "180", (0, 1): "90", (0, -1): "270"}.get((a, b), "0")
+    return f"turned {degrees} degrees clockwise" + (", mirrored" if mirrored else "")
+
+
+def _pixel_aspect(stream: Any, frame: Any) -> Fraction:
+    """Width of a stored pixel over its height."""
+    aspect = stream.sample_aspect_ratio
+    return Fraction(aspect) if aspect else Fraction(1)
+
+
+def _colourspace(frame: Any, width: int, height: int) -> str | None:
+    """swscale's name for the frame's colour matrix; untagged ones are told by size; None where the pixels are RGB."""
+    if frame.colorspace == _RGB or frame.format.is_rgb:
+        return None
+    by_size = "ITU709" if height >= 720 or width >= 1280 else "ITU601"
+    return _SWS_COLOURSPACE.get(frame.colorspace, by_size)
+
+
+def _is_full_range(frame: Any) -> bool:
+    return bool(frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj") or frame.format.is_rgb)
 
 
 def write_video(
