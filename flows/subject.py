@@ -12,14 +12,14 @@ from flows.environment import quiet_prefect
 
 quiet_prefect()
 
-from pipeline.assets import ensure_assets  # noqa: E402
-from pipeline.report import build_report  # noqa: E402
 from prefect import flow, task  # noqa: E402  the environment must be set first
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, State  # noqa: E402
 
+from pipeline.assets import ensure_assets  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
+from pipeline.report import build_report  # noqa: E402
 from pipeline.run import RunRequest, hold, open_subject, prepare, stop_signals  # noqa: E402
 from pipeline.stage import inspect_stages, run_stage  # noqa: E402
 from stages import STAGES  # noqa: E402

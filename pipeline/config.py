@@ -7,7 +7,6 @@ if its outputs change. What only says how to run (device, threads, terminal) is 
 from __future__ import annotations
 
 import json
-import types
 import typing
 from typing import Any, Literal
 
@@ -87,7 +86,15 @@ class TrainConfig(Section):
     steps: int = Field(1500, ge=1)
     """Optimisation steps."""
     gaussians: int = Field(10_000, ge=16)
-    """Gaussians to start with."""
+    """Number of Gaussians."""
+    basis: int = Field(6, ge=0, le=64)
+    """Learned basis vectors on top of what the head model knows."""
+    hidden: int = Field(32, ge=1, le=512)
+    """Width of the network that weights the basis."""
+    coarse_share: float = Field(0.25, ge=0, lt=1)
+    """Share of the steps, at the start, done at half the resolution."""
+    random_background: float = Field(0.5, ge=0, le=1)
+    """Share of the steps over a random colour instead of white, which teaches the alpha."""
     max_frames: int = Field(600, ge=1)
     """Training frames at most, chosen to spread over pose and expression."""
     seed: int = 0
@@ -197,16 +204,14 @@ def differences(config: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def describe() -> list[tuple[str, str, str, str]]:
-    """Every setting as (name, type, default, help), for the documentation and the help texts."""
+def describe() -> list[tuple[str, str, str]]:
+    """Every setting as (name, type, help), for the documentation."""
     rows = []
     for section, info in Config.model_fields.items():
         if section == "preset":
             continue
-        for field, details in info.default.__class__.model_fields.items():
+        for field, details in type(info.default).model_fields.items():
             kind = details.annotation
-            name = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
-            rows.append(
-                (f"{section}.{field}", name.replace("typing.", ""), repr(details.default), details.description or "")
-            )
+            name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            rows.append((f"{section}.{field}", name, details.description or ""))
     return rows

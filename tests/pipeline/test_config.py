@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from pipeline.config import PRESETS, Config, describe, differences, override, preset_config
 from pipeline.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -48,7 +54,18 @@ def test_unknown_preset_names_the_known_ones() -> None:
     assert "quick, standard, best" in caught.value.fix
 
 
+def test_settings_page_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from tools.write_settings_doc import *; print(settings_page(), end='')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (ROOT / "docs" / "settings.md").read_text() == done.stdout, "run: python -m tools.write_settings_doc"
+
+
 def test_every_setting_is_explained() -> None:
     rows = describe()
     assert rows
-    assert [name for name, _, _, text in rows if len(text) < 10] == []
+    assert [name for name, _, text in rows if len(text) < 10] == []

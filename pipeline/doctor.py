@@ -1,0 +1,168 @@
+"""Everything the stages will need, checked before any work, with the command that mends what is missing."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.errors import HeadcastError
+
+Level = Literal["fine", "degraded", "blocked"]
+LEVELS: tuple[Level, ...] = ("fine", "degraded", "blocked")
+
+# Distributions whose version matters, and the one that constraints.txt pins.
+_PINNED = {"torch": "2.13.0", "mediapipe": "0.10.33", "prefect": "3.8.8", "rembg": "2.0.86", "numba": "0.68.1"}
+_MEMORY_GB = 3.0
+_DISK_GB = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: how bad it is, what was seen, and what to do about it."""
+
+    level: Level
+    what: str
+    fix: str = ""
+
+
+def examine(data: Path, video: Path | None = None) -> list[Finding]:
+    """Look at the machine, the installation, the assets, the data folder, and a video if one is named."""
+    findings = [
+        *_packages(),
+        *_system_libraries(),
+        *_machine(),
+        *_assets(),
+        _head_model(),
+        _rasteriser(),
+        _data_folder(data),
+    ]
+    return [*findings, *_video(video)] if video is not None else findings
+
+
+def worst(findings: list[Finding]) -> Level:
+    """The level of the worst finding."""
+    return max((finding.level for finding in findings), key=LEVELS.index)
+
+
+def _packages() -> Iterator[Finding]:
+    for name, pinned in _PINNED.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("blocked", f"{name} is not installed", "make setup")
+            continue
+        if version.partition("+")[0] == pinned:
+            yield Finding("fine", f"{name} {version}")
+        else:
+            yield Finding("degraded", f"{name} {version}; headcast is tested with {pinned}", "make setup")
+    fastapi = importlib.metadata.version("fastapi")
+    if tuple(int(part) for part in fastapi.split(".")[:2]) >= (0, 151):
+        yield Finding("blocked", f"fastapi {fastapi} breaks Prefect's embedded server", "pip install 'fastapi<0.151'")
+
+
+def _system_libraries() -> Iterator[Finding]:
+    for library, package in (("libEGL.so.1", "libegl1"), ("libGLESv2.so.2", "libgles2")):
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            yield Finding("blocked", f"{library} is missing; the tracker needs it", f"sudo apt-get install {package}")
+        else:
+            yield Finding("fine", f"{library} is there")
+
+
+def _machine() -> Iterator[Finding]:
+    from pipeline.run import usable_cores
+
+    cores = usable_cores()
+    yield Finding("fine" if cores > 1 else "degraded", f"{cores} CPU core{'s' if cores > 1 else ''}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    level: Level = "fine" if memory >= _MEMORY_GB else "degraded"
+    yield Finding(level, f"{memory:.1f} GB of memory (a run needs about {_MEMORY_GB:.0f})")
+    import torch
+
+    if torch.cuda.is_available():
+        yield Finding("fine", f"GPU: {torch.cuda.get_device_name(0)}")
+    else:
+        yield Finding("fine", "no CUDA device: training runs on the CPU, which presets quick and standard are made for")
+
+
+def _assets() -> Iterator[Finding]:
+    from pipeline.assets import list_assets
+    from stages import STAGES
+
+    needed = {name for stage in STAGES for name in stage.assets}
+    for asset in list_assets():
+        if asset["name"] not in needed:
+            continue
+        if asset["state"] == "ready":
+            yield Finding("fine", f"asset {asset['name']} is there, its hash is right")
+        elif asset["state"] == "missing":
+            yield Finding(
+                "degraded",
+                f"asset {asset['name']} is not on this machine; it is fetched at first need",
+                f"headcast assets fetch {asset['name']}",
+            )
+        else:
+            yield Finding(
+                "blocked",
+                f"asset {asset['name']} has wrong bytes: '{asset['path']}'",
+                f"delete that file, then run: headcast assets fetch {asset['name']}",
+            )
+
+
+def _head_model() -> Finding:
+    from pipeline.heads import load_head
+
+    try:
+        head = load_head("anny")
+    except (HeadcastError, OSError, ValueError) as error:
+        return Finding("blocked", f"the head model cannot be loaded: {error}", "make setup")
+    return Finding("fine", f"head model {head.name} {head.version}: {len(head.template)} vertices")
+
+
+def _rasteriser() -> Finding:
+    import torch
+
+    from pipeline.rasterize import rasterize
+
+    points = torch.tensor([[0.0, 0.0, 1.0]])
+    K = torch.tensor([[32.0, 0.0, 16.0], [0.0, 32.0, 16.0], [0.0, 0.0, 1.0]])
+    quats, scales = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.full((1, 3), 0.1)
+    one = rasterize(points, quats, scales, torch.ones(1), torch.ones(1, 3), torch.eye(4), K, 32, 32, backend="cpu")
+    if float(one.alpha.max()) < 0.9:
+        return Finding("blocked", "the CPU rasteriser draws nothing", "make setup, then report this")
+    return Finding("fine", "the CPU rasteriser works")
+
+
+def _data_folder(data: Path) -> Finding:
+    folder = data
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    fix = "make it writable or choose another with --data"
+    if not folder.is_dir():
+        return Finding("blocked", f"the data folder '{data}' cannot be made: '{folder}' is no folder", fix)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return Finding("blocked", f"the data folder '{data}' cannot be written: {error.strerror}", fix)
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < _DISK_GB:
+        return Finding("degraded", f"{free:.1f} GB free for the data folder '{data}'", "free some space")
+    return Finding("fine", f"the data folder '{data}' can be written, {free:.0f} GB free")
+
+
+def _video(video: Path) -> Iterator[Finding]:
+    from pipeline.capture_check import check_capture
+
+    try:
+        yield from check_capture(video)
+    except HeadcastError as error:
+        yield Finding("blocked", error.what, error.fix)

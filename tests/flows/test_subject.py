@@ -1,0 +1,118 @@
+"""The subject flow on Prefect's embedded server, with toy stages in place of the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset import Dataset, Subject, write_atomic, write_json
+from pipeline.errors import StageError, SubjectBusy
+from pipeline.run import RunRequest
+from pipeline.stage import Result, Stage, StageRun, Verdict
+
+pytestmark = pytest.mark.prefect
+
+
+class Toys:
+    """Stand-ins for decode and track that write one file each, and fail when told to."""
+
+    def __init__(self) -> None:
+        self.worked: list[str] = []
+        self.fail = ""
+        self.stages = (Stage("decode", 1, (), self.run), Stage("track", 1, ("decode",), self.run))
+
+    def run(self, run: StageRun) -> Result:
+        name = run.work.name.partition("-")[0]
+        if name == self.fail:
+            raise StageError("No face in any of 12 frames.", "film the face")
+        self.worked.append(name)
+        write_atomic(run.work / "out", name.encode())
+        return Result(Verdict("good", f"{name}: good."))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home and an embedded server of this module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        from prefect.testing.utilities import prefect_test_harness
+
+        import flows.subject  # noqa: F401  sets the quiet environment before Prefect is imported
+
+        with prefect_test_harness(server_startup_timeout=180):
+            yield
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> Toys:
+    import flows.subject
+
+    toys = Toys()
+    monkeypatch.setattr(flows.subject, "STAGES", toys.stages)
+    monkeypatch.setattr(flows.subject, "build_report", lambda subject, stages, config: None)
+    return toys
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Subject:
+    subject = Dataset(tmp_path).subject("anna")
+    subject.source.mkdir(parents=True)
+    write_json(subject.source / "source.json", {"sha256": "0" * 64})
+    return subject
+
+
+def run(subject: Subject, **options: str) -> list[str]:
+    from flows.subject import subject_flow
+
+    return subject_flow(RunRequest(data=subject.root.parent, subject=subject.name, **options))  # type: ignore[arg-type]
+
+
+def task_states() -> dict[str, str]:
+    """Name and state of the newest flow run's tasks."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        newest = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+        only = FlowRunFilter(id=FlowRunFilterId(any_=[newest.id]))
+        tasks = client.read_task_runs(flow_run_filter=only)
+    return {task.name.rpartition("-")[0]: str(task.state_name) for task in tasks}
+
+
+def test_second_run_is_cached_and_damage_runs_again(toys: Toys, subject: Subject) -> None:
+    assert run(subject) == ["decode", "track"]
+    assert run(subject) == []
+    assert task_states() == {"decode": "Cached", "track": "Cached"}
+    (subject.stage("track") / "out").unlink()
+    assert run(subject) == ["track"]
+    assert task_states() == {"decode": "Cached", "track": "Completed"}
+
+
+def test_failed_stage_is_failed_for_prefect_and_rerun_goes_on_there(toys: Toys, subject: Subject) -> None:
+    toys.fail = "track"
+    with pytest.raises(StageError, match="No face in any of 12 frames") as caught:
+        run(subject)
+    assert caught.value.fix == "film the face"
+    assert task_states() == {"decode": "Completed", "track": "Failed"}
+    toys.fail = ""
+    assert run(subject) == ["track"]
+
+
+def test_first_forces_its_stage_and_equal_bytes_keep_the_rest(toys: Toys, subject: Subject) -> None:
+    run(subject)
+    assert run(subject, first="decode") == ["decode"]
+
+
+def test_last_ends_the_run_there(toys: Toys, subject: Subject) -> None:
+    assert run(subject, last="decode") == ["decode"]
+    assert not subject.stage("track").exists()
+
+
+def test_two_runs_of_one_subject_do_not_mix(toys: Toys, subject: Subject) -> None:
+    with subject.lock(), pytest.raises(SubjectBusy, match="'anna' is in use"):
+        run(subject)
+    assert toys.worked == []

@@ -1,0 +1,36 @@
+"""Write docs/settings.md from the settings themselves; a test checks that it is up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import PRESETS, describe, preset_config
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
+
+
+def settings_page() -> str:
+    """The page's text."""
+    lines = [
+        "# Settings",
+        "",
+        "Written by `tools/write_settings_doc.py`. Change one with `--set section.field=value`; a stage whose settings",
+        "changed runs again, the others stay. Values are shown per preset where presets differ.",
+        "",
+    ]
+    plain = {preset: preset_config(preset).model_dump() for preset in PRESETS}
+    section = ""
+    for name, kind, text in describe():
+        head, _, field = name.partition(".")
+        if head != section:
+            section = head
+            lines += ["", f"## {section}", "", "| setting | type | value | meaning |", "|---|---|---|---|"]
+        values = [plain[preset][head][field] for preset in PRESETS]
+        shown = str(values[0]) if len({str(v) for v in values}) == 1 else " / ".join(map(str, values))
+        kind = kind.replace("|", "or")
+        lines.append(f"| `{name}` | {kind} | {shown} | {' '.join(text.split())} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(settings_page())
