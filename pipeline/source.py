@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.dataset import Subject, canonical_json, link_or_copy, sha256_file, subject_name_for, write_json
 from pipeline.errors import UserError
-from pipeline.video import image_files, probe
+from pipeline.video import VideoInfo, image_files, probe
 
 SCHEMA = 1
 MIN_SIDE_PX = 64
@@ -24,26 +24,16 @@ def register_source(subject: Subject, path: Path) -> dict[str, Any]:
     """Take a video or a folder of images into `source/` and return `source.json`. The caller holds the subject's lock.
 
     Files are hard-linked where the file system can, else copied. The file that is there already is left alone; it is
-    told by size, time of change and inode before its bytes are read again. Another file replaces the old one in one step.
+    told by size, time of change and inode before its bytes are read again. Another file replaces the old in one step.
 
     Raises:
         UserError: the path is missing, empty, no video, has no images, or is too small to show a face.
     """
-    if not path.exists():
-        raise UserError(f"There is no file '{path}'.", "check the path")
-    kind = "images" if path.is_dir() else "video"
-    files = image_files(path) if kind == "images" else [path]
-    statuses = [file.stat() for file in files]
-    stamp = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns, s.st_ino) for s in statuses]).encode()).hexdigest()
+    kind, files, stamp = _look_at(path)
     known = _registered(subject)
     if known is not None and known.get("stamp") == stamp and known["kind"] == kind:
         return known
-    information = probe(path)
-    if min(information.width, information.height) < MIN_SIDE_PX:
-        raise UserError(
-            f"'{path}' is {information.width}x{information.height} pixels, too small to show a face.",
-            f"give a picture of at least {MIN_SIDE_PX} pixels each way; 256 and more make a useful avatar",
-        )
+    information = check_source(path)
     names = [f"{number:06d}{file.suffix.lower()}" for number, file in enumerate(files)]
     hashes = [sha256_file(file) for file in files]
     digest = hashes[0]
@@ -84,6 +74,33 @@ def register_source(subject: Subject, path: Path) -> dict[str, Any]:
     return record
 
 
+def check_source(path: Path) -> VideoInfo:
+    """What a video or a folder of images says of itself. Reads only.
+
+    Raises:
+        UserError: as `register_source`.
+    """
+    _look_at(path)
+    information = probe(path)
+    if min(information.width, information.height) < MIN_SIDE_PX:
+        raise UserError(
+            f"'{path}' is {information.width}x{information.height} pixels, too small to show a face.",
+            f"give a picture of at least {MIN_SIDE_PX} pixels each way; 256 and more make a useful avatar",
+        )
+    return information
+
+
+def is_registered(subject: Subject, path: Path) -> bool:
+    """Whether this file, told by size and time of change, is the subject's source already. Reads only.
+
+    Raises:
+        UserError: the path is missing, or a folder without images.
+    """
+    kind, _, stamp = _look_at(path)
+    known = _registered(subject)
+    return known is not None and known.get("stamp") == stamp and known["kind"] == kind
+
+
 def source_path(subject: Subject) -> Path:
     """The video or the folder of images inside the dataset.
 
@@ -97,6 +114,14 @@ def source_path(subject: Subject) -> Path:
             f"give the video again: headcast run VIDEO --subject {subject.name}",
         )
     return subject.source / str(record["file"])
+
+
+def _look_at(path: Path) -> tuple[str, list[Path], list[list[int]]]:
+    """Kind of the source, its files, and their sizes and times of change."""
+    if not path.exists():
+        raise UserError(f"There is no file '{path}'.", "check the path")
+    files = image_files(path) if path.is_dir() else [path]
+    return "images" if path.is_dir() else "video", files, [[f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def _registered(subject: Subject) -> dict[str, Any] | None:
