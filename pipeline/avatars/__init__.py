@@ -1,0 +1,260 @@
+"""Avatar models: from an expression, a pose and a gaze to Gaussians. One small interface, one file format.
+
+A model is a `torch.nn.Module` with the methods of `AvatarModel`; `MODELS` lists them. A saved avatar is a folder with
+`avatar.json` (what it is) and `avatar.safetensors` (its weights), and needs no head model and no dataset to be loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.dataset import write_atomic, write_json
+from pipeline.errors import UserError
+from pipeline.rasterize import Backend, Render, rasterize
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pipeline.clip import Clip
+    from pipeline.config import TrainConfig
+    from pipeline.heads import HeadModel
+
+SCHEMA = 1
+WEIGHTS = "avatar.safetensors"
+DESCRIPTION = "avatar.json"
+
+# name -> module and class; imported when asked for.
+MODELS = {"rigged": ("pipeline.avatars.rigged", "RiggedAvatar")}
+
+
+class Condition(NamedTuple):
+    """What drives an avatar. Every field may have one more leading dimension T for a sequence."""
+
+    expression: Tensor
+    """[E] coefficients of the avatar's expression names."""
+    T_cam_head: Tensor
+    """[4,4]."""
+    T_cam_torso: Tensor
+    """[4,4], equal to `T_cam_head` where the neck is straight."""
+    neck: Tensor
+    """[3] rotation vector of the head relative to the torso."""
+    eyes: Tensor
+    """[2,3] rotation vectors of the left and the right eye in the head."""
+
+    def frame(self, index: int) -> Condition:
+        """One frame of a sequence."""
+        return Condition(*(value[index] for value in self))
+
+
+class Gaussians(NamedTuple):
+    """N Gaussians in the camera's coordinates, as `pipeline.rasterize` takes them."""
+
+    means: Tensor
+    """[N,3] metres."""
+    quats: Tensor
+    """[N,4] wxyz, of any norm."""
+    scales: Tensor
+    """[N,3] standard deviations in metres."""
+    opacities: Tensor
+    """[N] in [0,1]."""
+    colors: Tensor
+    """[N,3] sRGB; may leave [0,1] a little."""
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that share a learning rate."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    rate: float
+    final_rate: float
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """n training frames at resolution R, and the head they were fitted with.
+
+    Attributes:
+        images: [n,R,R,3] uint8 RGB over white. alphas: [n,R,R] uint8.
+        conditions: n rows. K: [3,3] float64. identity: [S].
+    """
+
+    images: NDArray[np.uint8]
+    alphas: NDArray[np.uint8]
+    conditions: Condition
+    K: NDArray[np.float64]
+    head: HeadModel
+    identity: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class AvatarModel(nn.Module, ABC):
+    """An avatar: `gaussians(condition)` is all that rendering needs.
+
+    Attributes:
+        head: name of the head model it was fitted with.
+        expression_names: [E] names of the coefficients it is driven by.
+        neutral: the condition of rest in the training clip's typical pose.
+    """
+
+    name: ClassVar[str]
+    head: str
+    expression_names: tuple[str, ...]
+
+    @classmethod
+    @abstractmethod
+    def start(cls, data: TrainingData, config: TrainConfig, rng: np.random.Generator) -> AvatarModel:
+        """An untrained avatar, placed and coloured by the training frames."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, settings: dict[str, Any], weights: dict[str, Tensor]) -> AvatarModel:
+        """An avatar from what `settings` and `state_dict` gave."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Plain data that `restore` needs besides the weights."""
+
+    @abstractmethod
+    def prepare(self, conditions: Condition) -> NamedTuple:
+        """What of a sequence of T conditions does not depend on weights, computed once; fields have T rows."""
+
+    @abstractmethod
+    def deform(self, prepared: Any) -> Gaussians:
+        """The Gaussians of one row of `prepare`'s result."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What is trained, and how fast."""
+
+    @abstractmethod
+    def compact_weights(self) -> dict[str, Tensor]:
+        """The weights as they are saved, at half precision where that does not show."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Number of Gaussians N."""
+
+    @property
+    @abstractmethod
+    def neutral(self) -> Condition:
+        """The condition of rest in the training clip's typical pose."""
+
+    def gaussians(self, condition: Condition) -> Gaussians:
+        """The Gaussians of one condition, in the camera's coordinates."""
+        prepared = self.prepare(Condition(*(value[None] for value in condition)))
+        return self.deform(row(prepared, 0))
+
+    def render(
+        self,
+        condition: Condition,
+        K: Tensor,
+        width: int,
+        height: int,
+        background: Tensor | None = None,
+        backend: Backend = "auto",
+        threads: int | None = None,
+    ) -> Render:
+        """Render one condition; arguments as in `pipeline.rasterize.rasterize`."""
+        return splat(self.gaussians(condition), K, width, height, background, backend, threads)
+
+
+def row(prepared: Any, index: int) -> Any:
+    """One row of each field of a named tuple of tensors."""
+    return type(prepared)(*(value[index] for value in prepared))
+
+
+def splat(
+    gaussians: Gaussians,
+    K: Tensor,
+    width: int,
+    height: int,
+    background: Tensor | None = None,
+    backend: Backend = "auto",
+    threads: int | None = None,
+) -> Render:
+    """Rasterise Gaussians that are in camera coordinates; arguments as in `pipeline.rasterize.rasterize`."""
+    viewmat = torch.eye(4, dtype=gaussians.means.dtype, device=gaussians.means.device)
+    return rasterize(*gaussians, viewmat, K, width, height, background=background, backend=backend, threads=threads)
+
+
+def conditions_of(clip: Clip, device: torch.device | str = "cpu") -> Condition:
+    """The conditions of all T frames of a clip, float32."""
+    arrays = (clip.expression, clip.Ts_cam_head, clip.Ts_cam_torso, clip.neck, clip.eyes)
+    return Condition(*(torch.as_tensor(array, dtype=torch.float32, device=device) for array in arrays))
+
+
+def avatar_class(name: str) -> type[AvatarModel]:
+    """The class of an avatar model.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if name not in MODELS:
+        raise UserError(f"There is no avatar model '{name}'.", f"choose one of: {', '.join(MODELS)}")
+    module, attribute = MODELS[name]
+    found: type[AvatarModel] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def save_avatar(avatar: AvatarModel, folder: Path, training: dict[str, Any] | None = None) -> int:
+    """Write `avatar.json` and `avatar.safetensors`, each in one piece; returns their size in bytes.
+
+    Args:
+        avatar: what to save.
+        folder: an existing folder.
+        training: plain data on how it was made, kept in `avatar.json`.
+    """
+    from safetensors.torch import save
+
+    weights = {name: value.detach().cpu().contiguous() for name, value in avatar.compact_weights().items()}
+    write_atomic(folder / WEIGHTS, save(weights, {"format": "headcast-avatar", "schema": str(SCHEMA)}))
+    description = {
+        "schema": SCHEMA,
+        "model": avatar.name,
+        "head": avatar.head,
+        "gaussians": avatar.count,
+        "expression_names": list(avatar.expression_names),
+        "settings": avatar.settings(),
+        "training": training or {},
+    }
+    write_json(folder / DESCRIPTION, description)
+    return sum((folder / name).stat().st_size for name in (WEIGHTS, DESCRIPTION))
+
+
+def load_avatar(folder: Path, device: torch.device | str = "cpu") -> AvatarModel:
+    """Read a saved avatar, ready to render (no gradients).
+
+    Raises:
+        UserError: the files are missing, damaged, of another schema or of an unknown model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_bytes())
+        schema, model, settings = description["schema"], description["model"], description["settings"]
+        weights = load((folder / WEIGHTS).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"'{folder}' holds no readable avatar: {error}.", "train it again") from error
+    if schema != SCHEMA:
+        raise UserError(f"'{path}' has schema {schema}; this version reads {SCHEMA}.", "train the avatar again")
+    try:
+        avatar = avatar_class(model).restore(settings, weights)
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"'{folder}' does not fit its model '{model}': {error}.", "train it again") from error
+    return avatar.to(device).requires_grad_(False).eval()

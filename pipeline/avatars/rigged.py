@@ -1,0 +1,430 @@
+"""The `rigged` avatar: Gaussians that ride on the fitted head, and a small learned basis on top.
+
+What the mesh knows is not learned again: each Gaussian is bound to a triangle of the fitted head, follows the
+expression shapes of that triangle (interpolated, fixed), and is skinned to head, torso and eyes like the head model,
+except that the share of head and torso is learned. On top come K learned vectors over mean, rotation, scale, colour
+and opacity, weighted by a tiny network of expression, pose and gaze: wrinkles, shading, hair, what the mesh lacks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.avatars import AvatarModel, Condition, Gaussians, ParameterGroup, TrainingData
+from pipeline.geometry import (
+    invert_rigid,
+    make_rigid,
+    matrix_to_quaternion,
+    matrix_to_rotvec,
+    quaternion_multiply,
+    rotvec_to_matrix,
+)
+from pipeline.mesh_render import interpolate, rasterize_mesh
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pipeline.config import TrainConfig
+    from pipeline.heads import HeadModel
+
+# What one unit of a basis coefficient means: metres, radians, log-scale, colour, opacity logit. It brings the columns
+# to one learning rate.
+_BASIS_UNITS = (0.02,) * 3 + (0.3,) * 3 + (0.5,) * 3 + (0.5,) * 3 + (2.0,)
+_MEAN, _ROTATION, _SCALE, _COLOR, _OPACITY = slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12), 12
+
+# Conditions beyond this many standard deviations of the training clip are held there: what was never seen must not
+# steer the network.
+_FEATURE_LIMIT = 3.0
+# A feature that hardly moves in the clip is not blown up: spread below which it counts as constant.
+_FEATURE_FLOOR = 0.05
+
+START_FRAMES = 12
+
+
+class Prepared(NamedTuple):
+    """Conditions as the model uses them."""
+
+    expression: Tensor
+    """[T,E]."""
+    features: Tensor
+    """[T,D] input of the network."""
+    rotations: Tensor
+    """[T,3,4*3] transposed rotations of the four joints side by side, for one product with all rest points."""
+    translations: Tensor
+    """[T,4,3]."""
+    quats: Tensor
+    """[T,4,4] the same rotations as quaternions, all on the head's side of the sphere."""
+
+
+class Rig(NamedTuple):
+    """The part of the fitted head that N Gaussians hang on (U vertices)."""
+
+    vertices: Tensor
+    """[U,3] neutral, metres."""
+    expression: Tensor
+    """[E,U,3]."""
+    corners: Tensor
+    """[N,3] int32 vertices of each Gaussian's triangle."""
+    bary: Tensor
+    """[N,3]."""
+    follow: Tensor
+    """[N] how far a Gaussian follows its triangle's expression: 1 on the surface, falling to 0 away from it."""
+    eyes: Tensor
+    """[N,2] skinning weights of the left and right eye."""
+    eye_centres: Tensor
+    """[2,3]."""
+
+
+class RiggedAvatar(AvatarModel):
+    """See the module's text. Parameters are float32; a saved avatar holds all but the means in half precision."""
+
+    name: ClassVar[str] = "rigged"
+
+    rig_eyes: Tensor
+    rig_eye_centres: Tensor
+    feature_mean: Tensor
+    feature_scale: Tensor
+    neutral_T_cam_head: Tensor
+    neutral_T_cam_torso: Tensor
+    neutral_eyes: Tensor
+    units: Tensor
+    follow: Tensor
+
+    def __init__(
+        self, rig: Rig, basis_size: int, hidden: int, features: int, head: str, expression_names: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.head, self.expression_names = head, expression_names
+        self._size = {"basis": basis_size, "hidden": hidden, "features": features}
+        for name, value in rig._asdict().items():
+            self.register_buffer(f"rig_{name}", value)
+        n = len(rig.corners)
+        self.register_buffer("feature_mean", torch.zeros(features))
+        self.register_buffer("feature_scale", torch.ones(features))
+        self.register_buffer("neutral_T_cam_head", torch.eye(4))
+        self.register_buffer("neutral_T_cam_torso", torch.eye(4))
+        self.register_buffer("neutral_eyes", torch.zeros(2, 3))
+        self.register_buffer("units", torch.tensor(_BASIS_UNITS), persistent=False)
+        self.register_buffer("follow", _following(rig), persistent=False)
+        self.means = nn.Parameter(torch.zeros(n, 3))
+        self.quats = nn.Parameter(torch.tensor([1.0, 0, 0, 0]).repeat(n, 1))
+        self.log_scales = nn.Parameter(torch.zeros(n, 3))
+        self.opacity_logits = nn.Parameter(torch.zeros(n))
+        self.colors = nn.Parameter(torch.zeros(n, 3))
+        self.torso_logits = nn.Parameter(torch.zeros(n))
+        self.basis = nn.Parameter(torch.zeros(basis_size, n * len(_BASIS_UNITS)))
+        self.driver = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, basis_size))
+
+    @property
+    def count(self) -> int:
+        """Number of Gaussians N."""
+        return len(self.means)
+
+    @property
+    def neutral(self) -> Condition:
+        """The condition of rest in the training clip's typical pose."""
+        expression = torch.zeros(len(self.expression_names), device=self.means.device)
+        head, torso = self.neutral_T_cam_head, self.neutral_T_cam_torso
+        neck = matrix_to_rotvec(torso[:3, :3].T @ head[:3, :3])
+        return Condition(expression, head, torso, neck, self.neutral_eyes)
+
+    def prepare(self, conditions: Condition) -> Prepared:
+        """See `Prepared`."""
+        transforms = joint_transforms(conditions, self.rig_eye_centres)
+        quats = matrix_to_quaternion(transforms[..., :3, :3])
+        same_side = (quats * quats[:, :1]).sum(-1, keepdim=True) < 0
+        features = (_features(conditions) - self.feature_mean) / self.feature_scale
+        return Prepared(
+            conditions.expression,
+            features.clamp(-_FEATURE_LIMIT, _FEATURE_LIMIT),
+            transforms[..., :3, :3].permute(0, 3, 1, 2).flatten(2).contiguous(),
+            transforms[..., :3, 3],
+            torch.where(same_side, -quats, quats),
+        )
+
+    def deform(self, prepared: Prepared) -> Gaussians:
+        """The Gaussians of one prepared condition, in the camera's coordinates."""
+        n = self.count
+        ridden = (prepared.expression @ self.follow).view(n, 6)
+        learned = (self.driver(prepared.features) @ self.basis).view(n, -1) * self.units
+        rest = self.means + ridden[:, :3] + learned[:, _MEAN]
+        turn = 0.5 * (ridden[:, 3:] + learned[:, _ROTATION])
+        joints = self.joint_weights()
+        posed = (rest @ prepared.rotations).view(n, 4, 3) + prepared.translations
+        means = (joints[:, :, None] * posed).sum(1)
+        # A small rotation vector is twice the vector part of its quaternion; the rasteriser normalises.
+        small = torch.cat([torch.ones_like(turn[:, :1]), turn], 1)
+        quats = quaternion_multiply(joints @ prepared.quats, quaternion_multiply(small, self.quats))
+        return Gaussians(
+            means,
+            quats,
+            torch.exp(self.log_scales + learned[:, _SCALE]),
+            torch.sigmoid(self.opacity_logits + learned[:, _OPACITY]),
+            self.colors + learned[:, _COLOR],
+        )
+
+    def joint_weights(self) -> Tensor:
+        """Skinning weights [N,4] over head, torso, left and right eye."""
+        torso = torch.sigmoid(self.torso_logits)
+        body = 1 - self.rig_eyes.sum(1)
+        return torch.cat([torch.stack([body * (1 - torso), body * torso], 1), self.rig_eyes], 1)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Learning rates are for metres, logits and colours in [0,1]."""
+        return [
+            ParameterGroup("means", [self.means], 1.5e-4, 1.5e-5),
+            ParameterGroup("quats", [self.quats], 4e-3, 4e-4),
+            ParameterGroup("log_scales", [self.log_scales], 1e-2, 1e-3),
+            ParameterGroup("opacities", [self.opacity_logits], 3e-2, 3e-3),
+            ParameterGroup("colors", [self.colors], 5e-3, 5e-4),
+            ParameterGroup("torso", [self.torso_logits], 2e-2, 2e-3),
+            ParameterGroup("basis", [self.basis], 2e-3, 2e-4),
+            ParameterGroup("driver", list(self.driver.parameters()), 2e-3, 2e-4),
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """Sizes and names; everything else is a weight."""
+        return {**self._size, "head": self.head, "expression_names": list(self.expression_names)}
+
+    def compact_weights(self) -> dict[str, Tensor]:
+        """The weights as saved: half precision except where half would cost a tenth of a millimetre."""
+        exact = {"means", "feature_mean", "feature_scale", "neutral_T_cam_head", "neutral_T_cam_torso"}
+        return {
+            name: value.half() if value.is_floating_point() and name not in exact else value
+            for name, value in self.state_dict().items()
+        }
+
+    @classmethod
+    def restore(cls, settings: dict[str, Any], weights: dict[str, Tensor]) -> RiggedAvatar:
+        """An avatar from `settings` and saved weights of any precision."""
+        full = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+        rig = Rig(*(full[f"rig_{name}"] for name in Rig._fields))
+        names = tuple(settings["expression_names"])
+        avatar = cls(rig, settings["basis"], settings["hidden"], settings["features"], settings["head"], names)
+        avatar.load_state_dict(full)
+        return avatar
+
+    @classmethod
+    def start(cls, data: TrainingData, config: TrainConfig, rng: np.random.Generator) -> RiggedAvatar:
+        """Gaussians where the frames show the subject, in the colours they show there.
+
+        Pixels of a few frames, spread over pose and expression, are drawn at random, more of them at eyes and mouth.
+        A pixel that sees the fitted head becomes a Gaussian on that spot of its surface; one that sees hair or clothes
+        beside it is put at the depth of the nearest spot and hangs on that.
+        """
+        frames = spread_frames(_features(data.conditions).numpy(), min(START_FRAMES, len(data)))
+        neutral = data.head.template + np.einsum("s,svi->vi", data.identity, data.head.identity_basis)
+        centres = data.head.joints + np.einsum("s,sji->ji", data.identity, data.head.joints_identity_basis)
+        eye_centres = torch.from_numpy(centres[2:].astype(np.float32))
+        shares = np.diff(np.linspace(0, config.gaussians, len(frames) + 1).round().astype(int))
+        parts = [
+            _start_from_frame(data, frame, share, neutral, eye_centres, config.gaussians, rng)
+            for frame, share in zip(frames, shares, strict=True)
+        ]
+        seeds = _Seeds(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        corners = data.head.faces[seeds.face]
+        used, compact = np.unique(corners, return_inverse=True)
+        skin = np.einsum("nc,ncj->nj", seeds.bary, data.head.skin_weights[corners])
+        eyes = np.where(seeds.follow[:, None] > 0.5, skin[:, 2:], 0)
+        rig = Rig(
+            torch.from_numpy(neutral[used].astype(np.float32)),
+            torch.from_numpy(np.ascontiguousarray(data.head.expression_basis[:, used])),
+            torch.from_numpy(compact.reshape(-1, 3).astype(np.int32)),
+            torch.from_numpy(seeds.bary.astype(np.float32)),
+            torch.from_numpy(seeds.follow.astype(np.float32)),
+            torch.from_numpy(eyes.astype(np.float32)),
+            eye_centres,
+        )
+        features = _features(data.conditions)
+        avatar = cls(rig, config.basis, config.hidden, features.shape[1], data.head.name, data.head.expression_names)
+        torso = np.clip(skin[:, 1] / np.maximum(skin[:, :2].sum(1), 1e-6), 0.05, 0.95)
+        middle = _most_typical(features)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        with torch.no_grad():
+            avatar.feature_mean.copy_(features.mean(0))
+            avatar.feature_scale.copy_(features.std(0, correction=0) + _FEATURE_FLOOR)
+            avatar.neutral_T_cam_head.copy_(data.conditions.T_cam_head[middle])
+            avatar.neutral_T_cam_torso.copy_(data.conditions.T_cam_torso[middle])
+            avatar.neutral_eyes.copy_(data.conditions.eyes.mean(0))
+            avatar.means.copy_(torch.from_numpy(seeds.rest))
+            avatar.quats.copy_(torch.from_numpy(_turn_z_to(seeds.normal)))
+            flat = np.array([1, 1, 0.4], np.float32)
+            avatar.log_scales.copy_(torch.from_numpy(np.log(seeds.size[:, None] * flat)))
+            avatar.opacity_logits.fill_(math.log(0.7 / 0.3))
+            avatar.colors.copy_(torch.from_numpy(seeds.color))
+            avatar.torso_logits.copy_(torch.from_numpy(np.log(torso / (1 - torso))))
+            for layer in avatar.driver:
+                if isinstance(layer, nn.Linear):
+                    layer.weight.normal_(0, 1 / math.sqrt(layer.in_features), generator=generator)
+                    layer.bias.zero_()
+        return avatar
+
+
+def joint_transforms(conditions: Condition, eye_centres: Tensor) -> Tensor:
+    """Ts_cam_joint [T,4,4,4] of head, torso, left and right eye, all taking rest coordinates of the head frame."""
+    rotations = rotvec_to_matrix(conditions.eyes)
+    about_centres = eye_centres - (rotations @ eye_centres[..., None]).squeeze(-1)
+    eyes = conditions.T_cam_head[:, None] @ make_rigid(rotations, about_centres)
+    return torch.cat([conditions.T_cam_head[:, None], conditions.T_cam_torso[:, None], eyes], 1)
+
+
+def spread_frames(features: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+    """`count` rows of `features` [T,D] far from each other by farthest-point sampling, sorted."""
+    scaled = (features - features.mean(0)) / (features.std(0) + _FEATURE_FLOOR)
+    chosen = [int(np.square(scaled).sum(1).argmin())]
+    distance = np.square(scaled - scaled[chosen[0]]).sum(1)
+    while len(chosen) < count:
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.square(scaled - scaled[chosen[-1]]).sum(1))
+    return np.sort(np.array(chosen))
+
+
+def _features(conditions: Condition) -> Tensor:
+    """[T,D] numbers that vary smoothly with a condition: expression, head pose, torso in the head, gaze."""
+    T_head_torso = invert_rigid(conditions.T_cam_head) @ conditions.T_cam_torso
+    return torch.cat(
+        [
+            conditions.expression,
+            conditions.T_cam_head[:, :3].flatten(1),
+            T_head_torso[:, :3].flatten(1),
+            conditions.eyes.flatten(1),
+        ],
+        1,
+    )
+
+
+def _most_typical(features: Tensor) -> int:
+    scaled = (features - features.mean(0)) / (features.std(0, correction=0) + _FEATURE_FLOOR)
+    return int(scaled.square().sum(1).argmin())
+
+
+def _following(rig: Rig) -> Tensor:
+    """[E,6N] displacement and rotation vector that each expression at 1 gives each Gaussian through its triangle."""
+    corners = rig.corners.long()
+    shift = torch.einsum("nc,enci->eni", rig.bary, rig.expression[:, corners])
+    triangles, where = torch.unique(corners, dim=0, return_inverse=True)
+    rest = _triangle_frames(rig.vertices[triangles])
+    # Half of each expression keeps the rotation well below pi, where it is close to linear in the coefficient.
+    bent = _triangle_frames(rig.vertices[triangles] + 0.5 * rig.expression[:, triangles])
+    turn = 2 * matrix_to_rotvec(bent @ rest.transpose(-1, -2))
+    return (torch.cat([shift, turn[:, where]], -1) * rig.follow[:, None]).flatten(1)
+
+
+def _triangle_frames(corners: Tensor) -> Tensor:
+    """Rotations [...,3,3] whose columns are an edge, a perpendicular in the plane, and the normal of each triangle."""
+    edge = nn.functional.normalize(corners[..., 1, :] - corners[..., 0, :], dim=-1)
+    normal = nn.functional.normalize(torch.linalg.cross(edge, corners[..., 2, :] - corners[..., 0, :]), dim=-1)
+    return torch.stack([edge, torch.linalg.cross(normal, edge), normal], -1)
+
+
+class _Seeds(NamedTuple):
+    """Where Gaussians start, n of them."""
+
+    face: NDArray[np.int64]
+    bary: NDArray[np.float64]
+    follow: NDArray[np.float64]
+    rest: NDArray[np.float32]
+    normal: NDArray[np.float32]
+    size: NDArray[np.float32]
+    color: NDArray[np.float32]
+
+
+def _start_from_frame(
+    data: TrainingData,
+    frame: int,
+    share: int,
+    neutral: NDArray[np.floating],
+    eye_centres: Tensor,
+    total: int,
+    rng: np.random.Generator,
+) -> _Seeds:
+    """`share` seeds from one frame's pixels; `total` seeds over all frames decide how large each has to be."""
+    head = data.head
+    condition = Condition(*(value[frame : frame + 1].double() for value in data.conditions))
+    joints = joint_transforms(condition, eye_centres.double())[0].numpy()
+    expressed = neutral + np.einsum("e,evi->vi", condition.expression[0].numpy(), head.expression_basis)
+    blended = np.einsum("vj,jab->vab", head.skin_weights, joints)
+    posed = np.einsum("vab,vb->va", blended[:, :3, :3], expressed) + blended[:, :3, 3]
+    size = data.images.shape[1]
+    raster = rasterize_mesh(posed, head.faces, data.K, size, size)
+    alpha = data.alphas[frame].astype(np.float64) / 255
+
+    weight = np.where(alpha > 0.3, _importance(head, raster), 0)
+    flat = weight.ravel()
+    if np.count_nonzero(flat) == 0:
+        flat = np.ones_like(flat)
+    probability = flat / flat.sum()
+    too_few = bool(np.count_nonzero(flat) < share)
+    pixels = rng.choice(len(flat), share, replace=too_few, p=probability)
+    rows, columns = np.divmod(pixels, size)
+
+    seen = raster.face_index >= 0
+    near_rows, near_columns, distance = _nearest_seen(seen, rows, columns)
+    face = raster.face_index[near_rows, near_columns].astype(np.int64)
+    bary = raster.bary[near_rows, near_columns].astype(np.float64)
+    depth = raster.depth[near_rows, near_columns].astype(np.float64)
+    depth_to_metres = depth / data.K[0, 0]
+    follow = np.exp(-np.square(distance * depth_to_metres / 0.015))
+
+    x = (columns + 0.5 - data.K[0, 2]) / data.K[0, 0] * depth
+    y = (rows + 0.5 - data.K[1, 2]) / data.K[1, 1] * depth
+    corners = head.faces[face]
+    skin = np.einsum("nc,nci->ni", bary, head.skin_weights[corners])
+    bone = np.einsum("nj,jab->nab", skin, joints)
+    unposed = np.linalg.solve(bone[:, :3, :3], (np.stack([x, y, depth], 1) - bone[:, :3, 3])[..., None])[..., 0]
+    shift = np.einsum("nc,nci->ni", bary, (expressed - neutral)[corners])
+    rest = unposed - follow[:, None] * shift
+
+    a, b, c = (neutral[corners[:, i]] for i in range(3))
+    normal = np.cross(b - a, c - a)
+    towards_camera = np.broadcast_to(-joints[0, 2, :3], normal.shape)
+    normal = np.where(distance[:, None] > 0, towards_camera, normal)
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
+
+    spacing = 1 / np.sqrt(np.maximum(total * probability[pixels], 1e-6))
+    opacity = np.maximum(alpha[rows, columns], 0.3)[:, None]
+    over_white = data.images[frame][rows, columns] / 255
+    color = np.clip((over_white - (1 - opacity)) / opacity, 0, 1)
+    return _Seeds(
+        face,
+        bary,
+        follow,
+        rest.astype(np.float32),
+        normal.astype(np.float32),
+        (np.clip(0.6 * spacing, 0.5, 8) * depth_to_metres).astype(np.float32),
+        color.astype(np.float32),
+    )
+
+
+def _importance(head: HeadModel, raster: Any) -> NDArray[np.float64]:
+    """[H,W] how densely Gaussians start: 1 beside the face, more on it, most at eyes and mouth."""
+    fine = np.zeros(len(head.template), np.float32)
+    for region in ("lips", "eyelids", "eyes", "teeth", "tongue", "mouth_interior"):
+        if region in head.regions:
+            fine[head.regions[region]] = 1
+    face = head.regions["face"].astype(np.float32) if "face" in head.regions else np.ones_like(fine)
+    regions = interpolate(raster, head.faces, np.stack([face, fine], 1))
+    return 1.0 + regions[..., 0] + 2.0 * regions[..., 1]
+
+
+def _nearest_seen(
+    seen: NDArray[np.bool_], rows: NDArray[np.int64], columns: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """The nearest pixel that sees the head, and its distance in pixels (0 where a pixel sees it itself)."""
+    from scipy.ndimage import distance_transform_edt
+
+    distance, nearest = distance_transform_edt(~seen, return_indices=True)
+    return nearest[0][rows, columns], nearest[1][rows, columns], distance[rows, columns]
+
+
+def _turn_z_to(normals: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Unit quaternions wxyz [N,4] of the shortest turn from the z axis to unit vectors [N,3]."""
+    x, y, z = normals.T
+    quats = np.stack([1 + z, -y, x, np.zeros_like(x)], 1)
+    quats[z < -0.9999] = (0, 1, 0, 0)
+    return (quats / np.linalg.norm(quats, axis=1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,312 @@
+"""Training of an avatar model on a clip's crops: schedule, checkpoints, resume.
+
+Steps, not seconds, define a run, and every random choice is a function of the seed and the step. The same inputs
+therefore give the same weights, and a resumed run needs no random state: it continues where its checkpoint was written.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.avatars import AvatarModel, Condition, TrainingData, avatar_class, row, splat
+from pipeline.dataset import canonical_json, write_atomic
+from pipeline.errors import StageError
+from pipeline.frames import evenly
+from pipeline.losses import photometric_loss
+from pipeline.rasterize import Backend
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pipeline.config import TrainConfig
+
+CHECKPOINT_SCHEMA = 1
+MONITORED_FRAMES = 4
+CHECKPOINT = "checkpoint.safetensors"
+
+# The end of the training span, as far from the rest as the test is, is kept back for validation until this share of the
+# steps; what is left of them uses all frames.
+VALIDATED_SHARE = 0.8
+MAX_VALIDATION_FRAMES = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the training log."""
+
+    step: int
+    loss: float
+    """Mean over the steps since the last entry."""
+    psnr_train: float
+    """Over the monitored training frames, dB, whole crop on white."""
+    psnr_val: float | None
+    """Over the frames kept back; None when there are none, or once they are trained on too."""
+
+
+class Trainer:
+    """An avatar at work.
+
+    Args:
+        data: training frames, already without every test frame.
+        config: the training settings.
+        device: where to train.
+        threads: CPU threads of the rasteriser.
+    """
+
+    def __init__(
+        self, data: TrainingData, config: TrainConfig, device: torch.device | str = "cpu", threads: int | None = None
+    ) -> None:
+        self.config, self.threads = config, threads
+        self.device = torch.device(device)
+        self.backend: Backend = "gsplat" if self.device.type == "cuda" else "cpu"
+        self.avatar: AvatarModel = avatar_class(config.avatar).start(data, config, np.random.default_rng(config.seed))
+        self.avatar.to(self.device)
+        self.head = f"{data.head.name} {data.head.version}"
+        self.step_count = 0
+        self.seconds = 0.0
+        self.log: list[Entry] = []
+        self._losses: list[float] = []
+        self._groups = self.avatar.parameter_groups()
+        self._optimiser = torch.optim.Adam(
+            [{"params": group.parameters, "lr": group.rate} for group in self._groups], eps=1e-15, fused=True
+        )
+        conditions = Condition(*(value.to(self.device) for value in data.conditions))
+        self._prepared = self.avatar.prepare(conditions)
+        self._count = len(data)
+        self._kept_back = min(MAX_VALIDATION_FRAMES, self._count // 20)
+        self._validated_steps = math.floor(VALIDATED_SHARE * config.steps) if self._kept_back else 0
+        pixels = (torch.from_numpy(data.images), torch.from_numpy(data.alphas), torch.from_numpy(data.K))
+        self._levels = [_Level(*(value.to(self.device) for value in pixels))]
+        if config.coarse_share > 0 and data.images.shape[1] % 2 == 0:
+            self._levels.append(self._levels[0].halved())
+
+    def step(self) -> float:
+        """One optimisation step; returns its loss.
+
+        Raises:
+            StageError: the loss is not a finite number.
+        """
+        started = time.monotonic()
+        step, config = self.step_count, self.config
+        coarse = step < config.coarse_share * config.steps
+        level = self._levels[-1 if coarse else 0]
+        frame = self._frame_at(step)
+        background = self._background_at(step)
+        target = level.over(frame, background)
+        gaussians = self.avatar.deform(row(self._prepared, frame))
+        render = splat(gaussians, level.K, level.size, level.size, background, self.backend, self.threads)
+        loss = photometric_loss(render.image, target)
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss of frame {frame} is {value}")
+        progress = step / max(config.steps - 1, 1)
+        for settings, group in zip(self._optimiser.param_groups, self._groups, strict=True):
+            settings["lr"] = group.rate * (group.final_rate / group.rate) ** progress
+        self._optimiser.step()
+        self.step_count += 1
+        self._losses.append(value)
+        self.seconds += time.monotonic() - started
+        return value
+
+    @torch.no_grad()
+    def render(self, frame: int, background: Tensor | None = None) -> Tensor:
+        """[R,R,3] of one training frame as the avatar stands, over white unless told otherwise, in [0,1]."""
+        level = self._levels[0]
+        background = torch.ones(3, device=self.device) if background is None else background
+        gaussians = self.avatar.deform(row(self._prepared, frame))
+        render = splat(gaussians, level.K, level.size, level.size, background, self.backend, self.threads)
+        return render.image.clamp(0, 1)
+
+    def truth(self, frame: int) -> Tensor:
+        """[R,R,3] of one training frame over white, in [0,1]."""
+        return self._levels[0].images[frame].float() / 255
+
+    def psnr(self, frames: list[int]) -> float:
+        """Mean PSNR over training frames, dB, whole crop on white."""
+        errors = [float((self.render(frame) - self.truth(frame)).square().mean()) for frame in frames]
+        return float(np.mean([-10 * math.log10(max(error, 1e-10)) for error in errors]))
+
+    @property
+    def monitored(self) -> list[int]:
+        """A few training frames for figures and previews."""
+        return evenly(self._count - self._kept_back, MONITORED_FRAMES)
+
+    def round_to_saved(self) -> None:
+        """Give the avatar the weights that its file will hold."""
+        saved = self.avatar.compact_weights()
+        self.avatar.load_state_dict(
+            {name: saved[name].to(value.dtype) for name, value in self.avatar.state_dict().items()}
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step_count >= self.config.steps
+
+    def record(self) -> Entry:
+        """Add a line to the log: the loss since the last one, and the PSNR now."""
+        kept_back = list(range(self._count - self._kept_back, self._count))
+        unseen = bool(kept_back) and self.step_count <= self._validated_steps
+        loss = float(np.mean(self._losses)) if self._losses else 0.0
+        entry = Entry(
+            self.step_count,
+            round(loss, 6),
+            round(self.psnr(self.monitored), 3),
+            round(self.psnr(kept_back), 3) if unseen else None,
+        )
+        self.log.append(entry)
+        self._losses = []
+        return entry
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write everything that `resume` needs, in one piece.
+
+        Raises:
+            StageError: a weight is not a finite number; the checkpoint that was there stays.
+        """
+        from safetensors.torch import save
+
+        for name, parameter in self.avatar.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise self._diverged(f"'{name}' holds values that are not finite")
+        tensors = {f"avatar/{name}": value for name, value in self.avatar.state_dict().items()}
+        for name, state in self._optimiser_states():
+            tensors |= {f"adam/{name}/{key}": value for key, value in state.items()}
+        described = {
+            "schema": CHECKPOINT_SCHEMA,
+            "step": self.step_count,
+            "head": self.head,
+            "config": self.config.model_dump(),
+            "frames": self._count,
+            "seconds": self.seconds,
+            "losses": self._losses,
+            "log": [asdict(entry) for entry in self.log],
+        }
+        ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_atomic(folder / CHECKPOINT, save(ready, {"headcast": canonical_json(described)}))
+
+    def resume(self, folder: Path) -> bool:
+        """Continue from a checkpoint, if there is one; returns whether there was.
+
+        Raises:
+            StageError: it is damaged, of another schema, or was made with another head, clip or other settings.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = folder / CHECKPOINT
+        if not path.exists():
+            return False
+        restart = f"delete '{path}' to train from the start"
+        try:
+            with safe_open(path, framework="pt", device=str(self.device)) as file:
+                described = json.loads((file.metadata() or {})["headcast"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise StageError(f"The checkpoint '{path}' cannot be read: {error}.", restart) from error
+        expected = {
+            "schema": CHECKPOINT_SCHEMA,
+            "head": self.head,
+            "frames": self._count,
+            "config": self.config.model_dump(),
+        }
+        for name, value in expected.items():
+            if described.get(name) != value:
+                found = described.get(name)
+                raise StageError(f"The checkpoint '{path}' has {name} {found}, this run {value}.", restart)
+        weights = {name.removeprefix("avatar/"): v for name, v in tensors.items() if name.startswith("avatar/")}
+        self.avatar.load_state_dict(weights)
+        for name, state in self._optimiser_states():
+            state.update({key: tensors[f"adam/{name}/{key}"] for key in state})
+        self.step_count = described["step"]
+        self.seconds = described["seconds"]
+        self.log = [Entry(**entry) for entry in described["log"]]
+        self._losses = described["losses"]
+        return True
+
+    def _diverged(self, cause: str) -> StageError:
+        return StageError(
+            f"Training diverged at step {self.step_count + 1}: {cause}.",
+            "the last good checkpoint is kept; try another --set train.seed, or fewer train.gaussians",
+        )
+
+    def _optimiser_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Adam's state of each parameter under a stable name, made if there is none yet."""
+        for group in self._groups:
+            for i, parameter in enumerate(group.parameters):
+                state = self._optimiser.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                yield f"{group.name}/{i}", state
+
+    def _frame_at(self, step: int) -> int:
+        """Every frame once in each pass over the clip, in an order of its own."""
+        validating = step < self._validated_steps
+        first, count = (0, self._count - self._kept_back) if validating else (self._validated_steps, self._count)
+        turn, position = divmod(step - first, count)
+        return int(_shuffled(self.config.seed, first, turn, count)[position])
+
+    def _background_at(self, step: int) -> Tensor:
+        rng = np.random.default_rng([self.config.seed, 2, step])
+        random = rng.random() < self.config.random_background
+        color = rng.random(3, dtype=np.float32) if random else np.ones(3, np.float32)
+        return torch.from_numpy(color).to(self.device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device meant by `auto`, `cpu` or `cuda`; `auto` takes CUDA where it is there.
+
+    Raises:
+        StageError: CUDA was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StageError("There is no CUDA device here.", "run with --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(seed: int, first: int, turn: int, count: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, 1, first, turn]).permutation(count)
+
+
+class _Level:
+    """The training frames at one resolution, as bytes."""
+
+    def __init__(self, images: Tensor, alphas: Tensor, K: Tensor) -> None:
+        self.images, self.alphas, self.K = images, alphas, K
+        self.size = images.shape[1]
+
+    def over(self, frame: int, background: Tensor) -> Tensor:
+        """[R,R,3] of a frame over a colour; what is over white changes by what shines through."""
+        image = self.images[frame].float() / 255
+        through = 1 - self.alphas[frame].float() / 255
+        return image + through[..., None] * (background - 1)
+
+    def halved(self) -> _Level:
+        """Means of 2 x 2 pixels."""
+
+        def half(values: Tensor) -> Tensor:
+            n, size = values.shape[:2]
+            blocks = values.view(n, size // 2, 2, size // 2, 2, -1)
+            # By row of blocks: a sum over all bytes at once would take eight times their memory.
+            means = torch.stack(
+                [(block.sum((1, 3), dtype=torch.int32) + 2).div(4, rounding_mode="floor") for block in blocks]
+            )
+            return means.to(torch.uint8).view(n, size // 2, size // 2, *values.shape[3:])
+
+        shrink = torch.diag(torch.tensor([0.5, 0.5, 1], dtype=self.K.dtype, device=self.K.device))
+        return _Level(half(self.images), half(self.alphas), shrink @ self.K)
