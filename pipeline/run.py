@@ -166,17 +166,20 @@ def _remove_if_empty(subject: Subject) -> None:
 def nothing_to_do(request: RunRequest, stages: Sequence[Stage]) -> list[State] | None:
     """The stages' states when the whole request is already fulfilled, else None. Reads only.
 
+    It also refuses a bad source before anything is started or made for it.
+
     Raises:
         UserError: as `prepare`, or the video is at fault.
     """
     subject, config, wanted = prepare(request, stages)
-    if request.first is not None or not subject.report.is_file() or subject.running():
-        return None
     if request.video is not None:
-        from pipeline.source import is_registered
+        from pipeline.source import check_source, is_registered
 
         if not is_registered(subject, request.video):
+            check_source(request.video)
             return None
+    if request.first is not None or not subject.report.is_file() or subject.running():
+        return None
     states = inspect_stages(subject, wanted, config)
     return states if all(state.name == "fresh" for state in states) else None
 

@@ -60,7 +60,7 @@ def register_source(subject: Subject, path: Path) -> dict[str, Any]:
         "kind": kind,
         "file": target.name,
         "sha256": digest,
-        "size": sum(status.st_size for status in statuses),
+        "size": sum(size for size, _, _ in stamp),
         "stamp": stamp,
         "probe": information.as_json(),
     }
@@ -121,7 +121,8 @@ def _look_at(path: Path) -> tuple[str, list[Path], list[list[int]]]:
     if not path.exists():
         raise UserError(f"There is no file '{path}'.", "check the path")
     files = image_files(path) if path.is_dir() else [path]
-    return "images" if path.is_dir() else "video", files, [[f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    stats = [file.stat() for file in files]
+    return "images" if path.is_dir() else "video", files, [[s.st_size, s.st_mtime_ns, s.st_ino] for s in stats]
 
 
 def _registered(subject: Subject) -> dict[str, Any] | None:
