@@ -21,6 +21,8 @@ from pipeline.rasterize.reference import ALPHA_MAX, ALPHA_MIN, EPS_2D, FAR_PLANE
 from pipeline.rasterize.reference import MAX_EXTENT_SIGMAS as _MAX_EXTENT
 from pipeline.rasterize.simd import (
     LANES,
+    absolute,
+    append_set,
     at,
     bits,
     ceil,
@@ -42,6 +44,8 @@ from pipeline.rasterize.team import done, take, wait
 
 TILE = 16
 GAUSSIANS_PER_CHUNK = 512
+ENTRIES_PER_ROUND = 64
+"""Entries culled before they are composited; after each round finished blocks drop out."""
 PARTS = 8
 """Independent slices of the depth order in the counting sort by tile."""
 ROW = 16
@@ -444,6 +448,7 @@ def _fill_entries(
             put(rows, r + 8, at(colors, 3 * g + 2))
             put(rows, r + 9, -b / c)
             put(rows, r + 10, -b / a)
+            put(rows, r + 11, at(log2_opacities, g) - _LOG2_ALPHA_MIN + _CULL_SLACK)
             slot = base + slot_starts[i]
             slot_starts[i] = slot
             for ty in range(boxes[4 * i + 1], boxes[4 * i + 3]):
@@ -501,10 +506,9 @@ def composite_forward(
     )
     tiles_x, tiles_y = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
     tiles = tiles_x * tiles_y
-    longest = totals[2]
-    lists = np.empty(16 * longest, np.int32)
-    lengths = np.empty(16, np.int64)
-    pixels = np.empty(4 * LANES, np.float32)
+    pairs = np.empty(LANES * (ENTRIES_PER_ROUND + 1), np.int32)
+    # Per block: x and y of its pixels, transmittance (negative once the pixel is finished), red, green, blue.
+    state = np.empty(16 * 6 * LANES, np.float32)
     lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
     b0, b1, b2 = background[0], background[1], background[2]
     while True:
@@ -513,74 +517,77 @@ def composite_forward(
             break
         left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
         first, last = offsets[tile], offsets[tile + 1]
-        inside = 0
+        alive = 0
         for block in range(16):
-            lengths[block] = 0
-            if left + 4 * (block % 4) < width and top + 4 * (block // 4) < height:
-                inside |= 1 << block
-        block_left, block_top = lane_x * _f(4.0) + _f(left + 0.5), lane_y * _f(4.0) + _f(top + 0.5)
-        for e in range(first, last):
-            r = at(entry_rows, e)
-            mx, my, a, b, c = at(rows, r), at(rows, r + 1), at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
-            # The least of a convex quadratic over a rectangle lies on the edges that face its centre.
-            x_low, y_low = block_left - mx, block_top - my
-            x_high, y_high = x_low + _f(3.0), y_low + _f(3.0)
-            x_near, y_near = maximum(x_low, minimum(x_high, _ZERO)), maximum(y_low, minimum(y_high, _ZERO))
-            y_best = maximum(y_low, minimum(y_high, x_near * at(rows, r + 9)))
-            x_best = maximum(x_low, minimum(x_high, y_near * at(rows, r + 10)))
-            on_x = x_near * (x_near * a + y_best * b) + y_best * y_best * c
-            on_y = x_best * (x_best * a + y_near * b) + y_near * y_near * c
-            meets = minimum(on_x, on_y) < at(rows, r + 5) - _LOG2_ALPHA_MIN + _CULL_SLACK
-            mask = bits(meets) & inside
-            put(entry_masks, e, np.uint16(mask))
-            while mask != 0:
-                block = lowest_bit(mask)
-                mask &= mask - 1
-                length = at(lengths, block)
-                put(lists, block * longest + length, np.int32(r))
-                put(lengths, block, length + 1)
-        for block in range(16):
-            if (inside >> block) & 1 == 0:
-                continue
             x0, y0 = left + 4 * (block % 4), top + 4 * (block // 4)
-            px, py = lane_x + _f(x0 + 0.5), lane_y + _f(y0 + 0.5)
-            red = lane_x * _ZERO
-            green, blue, end = red, red, red + _ONE
-            trans = end
-            start = block * longest
-            for k in range(start, start + at(lengths, block)):
-                r = at(lists, k)
-                dx, dy = at(rows, r) - px, at(rows, r + 1) - py
+            if x0 < width and y0 < height:
+                alive |= 1 << block
+            s = 6 * LANES * block
+            store(state, s, lane_x + (_f(x0) + _HALF))
+            store(state, s + 16, lane_y + (_f(y0) + _HALF))
+            store(state, s + 32, lane_x * _ZERO + _ONE)
+            store(state, s + 48, lane_x * _ZERO)
+            store(state, s + 64, lane_x * _ZERO)
+            store(state, s + 80, lane_x * _ZERO)
+        block_left, block_top = lane_x * _f(4.0) + (_f(left) + _HALF), lane_y * _f(4.0) + (_f(top) + _HALF)
+        for start in range(first, last, ENTRIES_PER_ROUND):
+            stop = min(last, start + ENTRIES_PER_ROUND)
+            if alive == 0:
+                entry_masks[start:last] = 0
+                break
+            count = 0
+            for e in range(start, stop):
+                r = at(entry_rows, e)
+                mx, my, a, b, c = at(rows, r), at(rows, r + 1), at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
+                # The least of a convex quadratic over a rectangle lies on the edges that face its centre.
+                x_low, y_low = block_left - mx, block_top - my
+                x_high, y_high = x_low + _f(3.0), y_low + _f(3.0)
+                x_near, y_near = maximum(x_low, minimum(x_high, _ZERO)), maximum(y_low, minimum(y_high, _ZERO))
+                y_best = maximum(y_low, minimum(y_high, x_near * at(rows, r + 9)))
+                x_best = maximum(x_low, minimum(x_high, y_near * at(rows, r + 10)))
+                on_x = x_near * (x_near * a + y_best * b) + y_best * y_best * c
+                on_y = x_best * (x_best * a + y_near * b) + y_near * y_near * c
+                mask = bits(minimum(on_x, on_y) < at(rows, r + 11)) & alive
+                put(entry_masks, e, np.uint16(mask))
+                count = append_set(pairs, count, mask, r)
+            for k in range(count):
+                pair = at(pairs, k)
+                block = pair & 15
+                r = pair - block
+                s = 6 * LANES * block
+                dx, dy = at(rows, r) - load(state, s), at(rows, r + 1) - load(state, s + 16)
                 power = at(rows, r + 5) - (
                     dx * (dx * at(rows, r + 2) + dy * at(rows, r + 3)) + dy * dy * at(rows, r + 4)
                 )
                 a_pixel = minimum(exp2(maximum(power, _f(-100.0))), _ALPHA_MAX)
+                trans = load(state, s + 32)
                 weight = select(power >= _LOG2_ALPHA_MIN, a_pixel, _ZERO) * trans
                 after = trans - weight
-                # A finished pixel has trans 0 and never gets above the stop again; `end` keeps its transmittance.
                 open_ = after > _STOP
                 weight = select(open_, weight, _ZERO)
-                end = select(open_, after, end)
-                trans = select(open_, after, _ZERO)
-                red, green, blue = (
-                    red + weight * at(rows, r + 6),
-                    green + weight * at(rows, r + 7),
-                    blue + weight * at(rows, r + 8),
-                )
-                if bits(open_) == 0:
-                    break
-            store(pixels, 0, red + end * b0)
-            store(pixels, 16, green + end * b1)
-            store(pixels, 32, blue + end * b2)
-            store(pixels, 48, _ONE - end)
+                store(state, s + 32, select(open_, after, -absolute(trans)))
+                store(state, s + 48, load(state, s + 48) + weight * at(rows, r + 6))
+                store(state, s + 64, load(state, s + 64) + weight * at(rows, r + 7))
+                store(state, s + 80, load(state, s + 80) + weight * at(rows, r + 8))
+            for block in range(16):
+                if bits(load(state, 6 * LANES * block + 32) > _ZERO) == 0:
+                    alive &= ~(1 << block)
+        for block in range(16):
+            x0, y0 = left + 4 * (block % 4), top + 4 * (block // 4)
+            s = 6 * LANES * block
+            end = absolute(load(state, s + 32))
+            store(state, s + 32, _ONE - end)
+            store(state, s + 48, load(state, s + 48) + end * b0)
+            store(state, s + 64, load(state, s + 64) + end * b1)
+            store(state, s + 80, load(state, s + 80) + end * b2)
             for y in range(min(4, height - y0)):
                 for x in range(min(4, width - x0)):
                     p = (y0 + y) * width + x0 + x
-                    lane = 4 * y + x
-                    put(image, 3 * p, at(pixels, lane))
-                    put(image, 3 * p + 1, at(pixels, 16 + lane))
-                    put(image, 3 * p + 2, at(pixels, 32 + lane))
-                    put(alpha, p, at(pixels, 48 + lane))
+                    lane = s + 4 * y + x
+                    put(alpha, p, at(state, lane + 32))
+                    put(image, 3 * p, at(state, lane + 48))
+                    put(image, 3 * p + 1, at(state, lane + 64))
+                    put(image, 3 * p + 2, at(state, lane + 80))
         done(sync, 1)
     wait(sync, 1, tiles)
 
@@ -614,11 +621,10 @@ def composite_backward(
     start as zeros."""
     tiles_x, tiles_y = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
     tiles = tiles_x * tiles_y
-    visible, longest = totals[0], totals[2]
-    lists = np.empty(16 * longest, np.int32)
-    lengths = np.empty(16, np.int64)
-    shares = np.empty(LANES * longest, np.float32)
-    pixels = np.empty(6 * LANES, np.float32)
+    visible = totals[0]
+    # Per block: x and y of its pixels, transmittance, gradient of what is behind, gradient of red, green, blue.
+    state = np.empty(16 * 7 * LANES, np.float32)
+    share = np.empty(LANES, np.float32)
     lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
     zero = lane_x * _ZERO
     while True:
@@ -626,77 +632,63 @@ def composite_backward(
         if tile < 0:
             break
         left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
-        first, last = offsets[tile], offsets[tile + 1]
+        if offsets[tile] == offsets[tile + 1]:
+            done(sync, 0)
+            continue
         for block in range(16):
-            lengths[block] = 0
-        for e in range(first, last):
-            mask = np.int64(at(entry_masks, e))
-            store(shares, LANES * (e - first), zero)
-            while mask != 0:
-                block = lowest_bit(mask)
-                mask &= mask - 1
-                length = at(lengths, block)
-                put(lists, block * longest + length, np.int32(e - first))
-                put(lengths, block, length + 1)
-        for block in range(16):
-            length = at(lengths, block)
-            if length == 0:
-                continue
             x0, y0 = left + 4 * (block % 4), top + 4 * (block // 4)
-            pixels[:] = _ZERO
+            s = 7 * LANES * block
+            store(state, s, lane_x + (_f(x0) + _HALF))
+            store(state, s + 16, lane_y + (_f(y0) + _HALF))
+            store(state, s + 32, zero + _ONE)
+            for offset in range(48, 112, LANES):
+                store(state, s + offset, zero)  # pixels outside the image keep it
             for y in range(min(4, height - y0)):
                 for x in range(min(4, width - x0)):
                     p = (y0 + y) * width + x0 + x
-                    lane = 4 * y + x
+                    lane = s + 4 * y + x
                     red, green, blue = at(v_image, 3 * p), at(v_image, 3 * p + 1), at(v_image, 3 * p + 2)
-                    put(pixels, lane, red)
-                    put(pixels, 16 + lane, green)
-                    put(pixels, 32 + lane, blue)
                     out = red * at(image, 3 * p) + green * at(image, 3 * p + 1) + blue * at(image, 3 * p + 2)
                     # What is behind: the rest of the colours and, through the last transmittance, background and alpha.
-                    put(pixels, 48 + lane, out - (_ONE - at(alpha, p)) * at(v_alpha, p))
-            v_red, v_green, v_blue, behind = load(pixels, 0), load(pixels, 16), load(pixels, 32), load(pixels, 48)
-            px, py = lane_x + _f(x0 + 0.5), lane_y + _f(y0 + 0.5)
-            trans = zero + _ONE
-            start = block * longest
-            for k in range(start, start + length):
-                e = at(lists, k)
-                r = at(entry_rows, first + e)
-                dx, dy = at(rows, r) - px, at(rows, r + 1) - py
-                power = at(rows, r + 5) - (
-                    dx * (dx * at(rows, r + 2) + dy * at(rows, r + 3)) + dy * dy * at(rows, r + 4)
-                )
+                    put(state, lane + 48, out - (_ONE - at(alpha, p)) * at(v_alpha, p))
+                    put(state, lane + 64, red)
+                    put(state, lane + 80, green)
+                    put(state, lane + 96, blue)
+        alive = 0xFFFF
+        for e in range(offsets[tile], offsets[tile + 1]):
+            mask = np.int64(at(entry_masks, e)) & alive
+            r = at(entry_rows, e)
+            mx, my, a, b, c = at(rows, r), at(rows, r + 1), at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
+            log2_opacity, red, green, blue = at(rows, r + 5), at(rows, r + 6), at(rows, r + 7), at(rows, r + 8)
+            s0, sx, sy, sxx, sxy, syy, s_red, s_green, s_blue = zero, zero, zero, zero, zero, zero, zero, zero, zero
+            while mask != 0:
+                block = lowest_bit(mask)
+                mask &= mask - 1
+                s = 7 * LANES * block
+                dx, dy = mx - load(state, s), my - load(state, s + 16)
+                power = log2_opacity - (dx * (dx * a + dy * b) + dy * dy * c)
                 a_free = exp2(maximum(power, _f(-100.0)))
                 a_pixel = select(power >= _LOG2_ALPHA_MIN, minimum(a_free, _ALPHA_MAX), _ZERO)
+                trans = load(state, s + 32)
                 weight = a_pixel * trans
                 after = trans - weight
                 open_ = after > _STOP
                 weight = select(open_, weight, _ZERO)
-                seen = v_red * at(rows, r + 6) + v_green * at(rows, r + 7) + v_blue * at(rows, r + 8)
-                behind = behind - weight * seen
+                v_red, v_green, v_blue = load(state, s + 64), load(state, s + 80), load(state, s + 96)
+                seen = v_red * red + v_green * green + v_blue * blue
+                behind = load(state, s + 48) - weight * seen
                 # d alpha, times alpha: the gradient of log alpha, zero where alpha is capped.
                 slope = a_pixel * (trans * seen - behind / (_ONE - a_pixel))
                 slope = select(open_ & (a_free <= _ALPHA_MAX), slope, _ZERO)
-                trans = select(open_, after, _ZERO)
+                store(state, s + 32, select(open_, after, _ZERO))
+                store(state, s + 48, behind)
                 slope_x, slope_y = slope * dx, slope * dy
-                share = sums(
-                    (
-                        slope,
-                        slope_x,
-                        slope_y,
-                        slope_x * dx,
-                        slope_x * dy,
-                        slope_y * dy,
-                        weight * v_red,
-                        weight * v_green,
-                        weight * v_blue,
-                    )
-                )
-                store(shares, LANES * e, load(shares, LANES * e) + share)
+                s0, sx, sy = s0 + slope, sx + slope_x, sy + slope_y
+                sxx, sxy, syy = sxx + slope_x * dx, sxy + slope_x * dy, syy + slope_y * dy
+                s_red, s_green, s_blue = s_red + weight * v_red, s_green + weight * v_green, s_blue + weight * v_blue
                 if bits(open_) == 0:
-                    break
-        for e in range(first, last):
-            store(slots, LANES * at(entry_slots, e), load(shares, LANES * (e - first)))
+                    alive &= ~(1 << block)
+            store(slots, LANES * at(entry_slots, e), sums((s0, sx, sy, sxx, sxy, syy, s_red, s_green, s_blue)))
         done(sync, 0)
     wait(sync, 0, tiles)
 
@@ -709,17 +701,17 @@ def composite_backward(
             total = zero
             for slot in range(slot_starts[i], slot_starts[i + 1]):
                 total = total + load(slots, LANES * slot)
-            store(pixels, 0, total)
+            store(share, 0, total)
             g = order[i]
             a, b, c = conics[3 * g], conics[3 * g + 1], conics[3 * g + 2]
-            v_means2d[2 * g] = -(a * pixels[1] + b * pixels[2])
-            v_means2d[2 * g + 1] = -(b * pixels[1] + c * pixels[2])
-            v_conics[3 * g] = -_HALF * pixels[3]
-            v_conics[3 * g + 1] = -pixels[4]
-            v_conics[3 * g + 2] = -_HALF * pixels[5]
-            v_opacities[g] = pixels[0] / opacities[g]
-            v_colors[3 * g] = pixels[6]
-            v_colors[3 * g + 1] = pixels[7]
-            v_colors[3 * g + 2] = pixels[8]
+            v_means2d[2 * g] = -(a * share[1] + b * share[2])
+            v_means2d[2 * g + 1] = -(b * share[1] + c * share[2])
+            v_conics[3 * g] = -_HALF * share[3]
+            v_conics[3 * g + 1] = -share[4]
+            v_conics[3 * g + 2] = -_HALF * share[5]
+            v_opacities[g] = share[0] / opacities[g]
+            v_colors[3 * g] = share[6]
+            v_colors[3 * g + 1] = share[7]
+            v_colors[3 * g + 2] = share[8]
         done(sync, 1)
     wait(sync, 1, chunks)

@@ -253,6 +253,30 @@ def lowest_bit(typingctx: Any, value: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
+@intrinsic
+def append_set(typingctx: Any, array: Any, count: Any, set_bits: Any, base: Any) -> Any:
+    """Append base + l to an int32 array for every set bit l of 16, ascending; the new count.
+
+    Always writes 16 elements from array[count] on, and takes the same time whatever is set.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array, count, set_bits, base = args
+        first = builder.insert_element(ir.Constant(_INTS, ir.Undefined), base, ir.Constant(_INT, 0))
+        bases = builder.shuffle_vector(first, ir.Constant(_INTS, ir.Undefined), ir.Constant(_INTS, [0] * LANES))
+        values = builder.add(bases, ir.Constant(_INTS, list(range(LANES))))
+        mask = builder.bitcast(builder.trunc(set_bits, ir.IntType(LANES)), _BOOLS)
+        kind = ir.FunctionType(_INTS, [_INTS, _BOOLS, _INTS])
+        name = f"llvm.experimental.vector.compress.v{LANES}i32"
+        compress = cgutils.get_or_insert_function(builder.module, kind, name)
+        packed = builder.call(compress, [values, mask, ir.Constant(_INTS, ir.Undefined)])
+        pointer = _pointer(context, builder, sig.args[0], array, count)
+        builder.store(packed, builder.bitcast(pointer, _INTS.as_pointer()), align=4)
+        return builder.add(count, builder.ctpop(set_bits))
+
+    return types.int64(array, types.int64, types.int64, types.int32), codegen
+
+
 def _call(builder: Any, name: str, *args: Any) -> Any:
     kind = ir.FunctionType(_FLOATS, [_FLOATS] * len(args))
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{LANES}f32"), args)
@@ -264,6 +288,16 @@ def sqrt(typingctx: Any, x: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return _call(builder, "llvm.sqrt", args[0])
+
+    return f32x16(f32x16), codegen
+
+
+@intrinsic
+def absolute(typingctx: Any, x: Any) -> Any:
+    """Magnitude of each lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call(builder, "llvm.fabs", args[0])
 
     return f32x16(f32x16), codegen
 

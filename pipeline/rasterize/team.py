@@ -9,6 +9,7 @@ them at once.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -16,12 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
 
 from pipeline.rasterize.simd import atomic_add, atomic_load
 
 MAX_PHASES = 8
+_SPINS = 1000  # about the microseconds that a switch of threads costs
 _STRIDE = 16  # int64s between counters, so that no two share a cache line
+
+# The member waited for may be off its core because other processes want it; spinning on would only keep it off.
+_yield_core = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
 
 _lock = threading.Lock()
 _queue: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
@@ -79,6 +84,9 @@ def done(sync: np.ndarray, phase: int) -> None:
 
 @njit(nogil=True, cache=True)
 def wait(sync: np.ndarray, phase: int, chunks: int) -> None:
-    """Wait until every chunk of a phase is finished."""
+    """Wait until every chunk of a phase is finished, giving the core away if that takes long."""
+    spins = 0
     while atomic_load(sync, 2 * _STRIDE * phase + _STRIDE) < chunks:
-        pass
+        spins += 1
+        if spins > _SPINS:
+            _yield_core()
