@@ -92,16 +92,18 @@ class SyntheticClip:
     eyes: NDArray[np.float32]
     """[T, 2, 3]."""
     landmarks: NDArray[np.float64]
-    """[T, 478, 3] where MediaPipe's landmarks truly are: pixels, and depth in pixels about its mean, nearer is smaller."""
+    """[T, 478, 3] true places of MediaPipe's landmarks: x and y in pixels, z in as many about its mean, nearer smaller."""
     fps: Fraction
     head: HeadModel
 
 
-def _paint(head: HeadModel, points: NDArray[np.float32], regions: dict[str, NDArray[np.float32]], look: Look) -> NDArray:
+def _paint(
+    head: HeadModel, points: NDArray[np.float32], regions: dict[str, NDArray[np.float32]], look: Look
+) -> NDArray[np.float32]:
     """Albedo [P, 3] at `points` [P, 3] of the template, given how far each lies in each region [P] (0 to 1)."""
 
     def mix(color: tuple[float, float, float], amount: NDArray) -> None:
-        albedo[:] += amount[:, None] * (np.float32(color) - albedo)
+        albedo[:] += amount[:, None] * (np.asarray(color, dtype=np.float32) - albedo)
 
     def step(value: NDArray, edge: float, softness: float) -> NDArray:
         t = np.clip((value - edge) / softness + 0.5, 0, 1)
@@ -142,7 +144,8 @@ def _paint(head: HeadModel, points: NDArray[np.float32], regions: dict[str, NDAr
 
     stripes = 0.85 + 0.3 * step(np.sin(y * 260), 0.0, 0.6)
     mix(look.cloth, regions["torso"])
-    return albedo * (1 + regions["torso"] * (stripes - 1))[:, None]
+    albedo *= (1 + regions["torso"] * (stripes - 1))[:, None]
+    return albedo
 
 
 _PAINTED_REGIONS = ("face", "ears", "lips", "eyelids", "mouth_interior", "tongue", "teeth", "eyes", "torso")
@@ -205,7 +208,7 @@ def _wander(generator: np.random.Generator, seconds: NDArray[np.float64], channe
 def _random_expression(
     generator: np.random.Generator, seconds: NDArray[np.float64], names: tuple[str, ...]
 ) -> NDArray[np.float32]:
-    """Smooth expression curves [T, 52] in [0, 1] with speech, smiles, frowns, gaze and blinks of a third of a second."""
+    """Smooth expression curves [T, 52] in [0, 1] with speech, smiles, frowns, gaze and short blinks."""
     expression = np.zeros((len(seconds), len(names)))
     curves = _wander(generator, seconds, len(_EXPRESSION_PEAKS))
     for (name, peak), curve in zip(_EXPRESSION_PEAKS.items(), curves.T, strict=True):

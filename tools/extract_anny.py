@@ -222,6 +222,7 @@ def extract() -> dict[str, np.ndarray]:
         "region_names": list(regions),
     }
     return {
+        "source_vertices": kept.astype(np.int16),
         "template": template[kept].astype(np.float32),
         "faces": faces.reshape(-1, 3).astype(np.int16),
         "uv": model.texture_coordinates.numpy()[kept_uv].astype(np.float32),

@@ -1,11 +1,12 @@
 """Find where MediaPipe's 478 face landmarks lie on a head model, by looking at renders of it.
 
-    python tools/make_landmark_embedding.py anny --landmarker face_landmarker.task
+    python tools/make_landmark_embedding.py anny
 
 The head is rendered, painted, with random identities, poses and expressions, and MediaPipe looks at each picture. A
-landmark's hits on the surface are its candidates; the candidate that predicts all of the landmark's detections best
-(least median distance over all renders) is taken. A point that only looks right on a closed mouth, on the other lip,
-loses to one that also opens with its own lip. The median distance itself is kept as the landmark's spread.
+landmark's hits on the surface are its candidates, and each is judged by how far it lies from the landmark's detections
+(median distance over all renders). A point that only looks right on a closed mouth, on the other lip, loses to one that
+also opens with its own lip. Of the best tenth the one nearest to their mean is taken, as medians are noisy along the
+face's contour, and its median distance is kept as the landmark's spread.
 
 Landmarks of the irises may only lie on the eyeballs, all others only on the outer skin.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.assets import asset_path
 from pipeline.geometry import make_rigid, project_points, rotvec_to_matrix, transform_points
 from pipeline.heads import HeadModel, load_head
 from pipeline.mesh_render import rasterize_mesh
@@ -85,7 +87,7 @@ def random_expression(generator: np.random.Generator, names: tuple[str, ...]) ->
 
 
 def render_and_detect(head: HeadModel, landmarker: Any, count: int, generator: np.random.Generator) -> list[Render]:
-    """Up to `count` random renders in which MediaPipe finds the face; the first is the neutral head, seen from the front."""
+    """Up to `count` random renders in which MediaPipe finds the face; the first is the neutral head from the front."""
     K = np.array([[1.6 * SIZE, 0, SIZE / 2], [0, 1.6 * SIZE, SIZE / 2], [0, 0, 1]])
     renders = []
     for index in range(count):
@@ -109,8 +111,13 @@ def render_and_detect(head: HeadModel, landmarker: Any, count: int, generator: n
     return renders
 
 
-def prediction_errors(head: HeadModel, renders: list[Render], faces: np.ndarray, bary: np.ndarray, landmark: Any) -> np.ndarray:
-    """How far surface points (`faces` [P], `bary` [P, 3]) lie from a detected landmark in each render, metres [P, T]."""
+def prediction_errors(
+    head: HeadModel, renders: list[Render], faces: np.ndarray, bary: np.ndarray, landmark: int | slice
+) -> np.ndarray:
+    """How far surface points (`faces` [P], `bary` [P, 3]) lie from what was detected in each render, metres [P, T].
+
+    `landmark` is one landmark for all points, or a slice of as many landmarks as there are points.
+    """
     errors = []
     for render in renders:
         points = np.einsum("pc,pci->pi", bary, render.vertices_cam[head.faces[faces]])
@@ -149,7 +156,9 @@ def embed(head: HeadModel, renders: list[Render]) -> dict[str, np.ndarray]:
         faces = np.array([face for face, _ in candidates])
         bary = np.stack([weights for _, weights in candidates])
         medians = np.median(prediction_errors(head, renders, faces, bary, landmark), axis=1)
-        best = medians.argmin()
+        best_tenth = np.argsort(medians)[: max(1, len(medians) // 10)]
+        places = np.einsum("pc,pci->pi", bary[best_tenth], head.template[head.faces[faces[best_tenth]]])
+        best = best_tenth[np.linalg.norm(places - places.mean(axis=0), axis=1).argmin()]
         chosen_faces.append(faces[best])
         chosen_bary.append(bary[best])
         spread.append(medians[best])
@@ -165,14 +174,14 @@ def embed(head: HeadModel, renders: list[Render]) -> dict[str, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("head", help="name of the head model")
-    parser.add_argument("--landmarker", type=Path, required=True, help="MediaPipe's face_landmarker.task")
+    parser.add_argument("--landmarker", type=Path, help="MediaPipe's face_landmarker.task; the asset by default")
     parser.add_argument("--renders", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="default: pipeline/heads/HEAD_landmarks.npz")
     arguments = parser.parse_args()
 
     head = load_head(arguments.head)
-    with face_landmarker(arguments.landmarker) as landmarker:
+    with face_landmarker(arguments.landmarker or asset_path("face_landmarker")) as landmarker:
         renders = render_and_detect(head, landmarker, arguments.renders, np.random.default_rng(arguments.seed))
     embedding = embed(head, renders)
     output = arguments.output or OUTPUT_FOLDER / f"{arguments.head}_landmarks.npz"

@@ -7,7 +7,7 @@ subject's left, y up, z out of the face, metres, origin at the head joint.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -135,35 +135,6 @@ class HeadModel:
             rotvecs.append(torch.stack([pitch, yaw, torch.zeros_like(yaw)], -1))
         return torch.stack(rotvecs, 1)
 
-    def restrict(self, vertex_mask: NDArray[np.bool_]) -> HeadModel:
-        """The same head with the vertices of `vertex_mask` [V] only, and the faces whose corners all stay.
-
-        Raises:
-            ValueError: a landmark's face would be lost.
-        """
-        kept: NDArray[np.bool_] = np.all(vertex_mask[self.faces], axis=1)
-        if not np.all(kept[self.landmark_faces]):
-            raise ValueError("vertex_mask leaves out vertices that carry landmarks; include `landmark_vertices()`")
-        new_vertex = np.cumsum(vertex_mask, dtype=np.int32) - 1
-        new_face = np.cumsum(kept, dtype=np.int32) - 1
-        return replace(
-            self,
-            template=self.template[vertex_mask],
-            faces=new_vertex[self.faces[kept]],
-            uv_faces=None if self.uv_faces is None else self.uv_faces[kept],
-            identity_basis=np.ascontiguousarray(self.identity_basis[:, vertex_mask]),
-            expression_basis=np.ascontiguousarray(self.expression_basis[:, vertex_mask]),
-            skin_weights=self.skin_weights[vertex_mask],
-            regions={name: mask[vertex_mask] for name, mask in self.regions.items()},
-            landmark_faces=new_face[self.landmark_faces],
-        )
-
-    def landmark_vertices(self) -> NDArray[np.bool_]:
-        """[V] mask of the vertices that carry landmarks: `restrict` to these to fit landmarks cheaply."""
-        mask = np.zeros(len(self.template), dtype=bool)
-        mask[self.faces[self.landmark_faces]] = True
-        return mask
-
 
 def load_head(name: str) -> HeadModel:
     """The head model of that name.
@@ -175,4 +146,4 @@ def load_head(name: str) -> HeadModel:
         from pipeline.heads.anny import load_anny
 
         return load_anny()
-    raise UserError(f'there is no head model "{name}"', 'Choose "anny".')
+    raise UserError(f'There is no head model "{name}".', 'Choose "anny".')
