@@ -92,7 +92,7 @@ class SyntheticClip:
     eyes: NDArray[np.float32]
     """[T, 2, 3]."""
     landmarks: NDArray[np.float64]
-    """[T, 478, 3] true places of MediaPipe's landmarks: x and y in pixels, z in as many about its mean, nearer smaller."""
+    """[T, 478, 3] true places of MediaPipe's landmarks: in pixels, z about its mean, nearer is smaller."""
     fps: Fraction
     head: HeadModel
 
