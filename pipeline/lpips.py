@@ -75,11 +75,12 @@ def load_lpips() -> Lpips:
     """LPIPS with the weights of the asset cache; nothing is fetched here.
 
     Raises:
-        UserError: the weights are not there, or are not what they should be.
+        StageError: the weights are not on this machine.
+        UserError: they are not what they should be, or the registry does not know them.
     """
     from pipeline.assets import asset_path
 
-    paths = [asset_path(name) for name in (BACKBONE_ASSET, HEADS_ASSET)]
+    paths = [asset_path(name, fetch=False) for name in (BACKBONE_ASSET, HEADS_ASSET)]
     try:
         return Lpips(*(_load(path) for path in paths))
     except (OSError, RuntimeError, ValueError) as error:

@@ -1,0 +1,259 @@
+"""Held-out quality of an avatar: what each frame scores, and the baselines that say what the score is worth."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.spatial.distance import cdist
+from torch import Tensor
+
+from pipeline import metrics
+from pipeline.avatars import AvatarModel, Condition, conditions_of
+from pipeline.clip import Clip, Crops, load_crops
+from pipeline.geometry import matrix_to_rotvec
+from pipeline.mesh_render import silhouette
+from pipeline.stage import Level
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pipeline.heads import HeadModel
+
+BASELINES = ("nearest_train_frame", "nearest_by_parameters", "mean_frame")
+SEARCH_BYTES = 600_000_000
+"""Memory for the held-out frames while training frames pass by; more of them take another pass."""
+SEARCH_BATCH = 16
+PARTIAL_ALPHA = (metrics.BACKGROUND_ALPHA, 1 - metrics.BACKGROUND_ALPHA)
+WARM_UP_RENDERS, TIMED_RENDERS = 3, 40
+
+Measure = Callable[["NDArray[np.float32]", "NDArray[np.float32]"], float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image [R,R,3] over white and its alpha [R,R], float in [0, 1]."""
+
+    image: NDArray[np.float32]
+    alpha: NDArray[np.float32]
+
+    @staticmethod
+    def of(crops: Crops, row: int) -> Picture:
+        """One row of some crops."""
+        return Picture(crops.images[row].astype(np.float32) / 255, crops.alphas[row].astype(np.float32) / 255)
+
+
+@dataclass(frozen=True)
+class ClipRenderer:
+    """An avatar with what drives it through a clip.
+
+    Attributes:
+        conditions: T rows. K: [3,3] intrinsics at `resolution` pixels. Both on the avatar's device.
+    """
+
+    avatar: AvatarModel
+    conditions: Condition
+    K: Tensor
+    resolution: int
+    threads: int
+
+    @staticmethod
+    def of(avatar: AvatarModel, clip: Clip, threads: int, device: torch.device | str = "cpu") -> ClipRenderer:
+        """The avatar, which is on `device`, driven by the clip it was fitted to, or by another one."""
+        K = torch.as_tensor(clip.K, dtype=torch.float32, device=device)
+        return ClipRenderer(avatar, conditions_of(clip, device), K, clip.resolution, threads)
+
+    def render(self, frame: int) -> Picture:
+        """One frame over white, clamped to what a screen can show."""
+        white = torch.ones(3, device=self.K.device)
+        with torch.no_grad():
+            view = self.avatar.render(
+                self.conditions.frame(frame), self.K, self.resolution, self.resolution, white, threads=self.threads
+            )
+        return Picture(view.image.clamp(0, 1).cpu().numpy(), view.alpha.clamp(0, 1).cpu().numpy())
+
+    def fps(self, frames: Sequence[int]) -> float:
+        """Frames a second from condition to image, deformation included: the median of single renders."""
+        seconds = []
+        for turn in range(WARM_UP_RENDERS + TIMED_RENDERS):
+            begun = time.perf_counter()
+            # It ends on the CPU, so a GPU has finished when the clock is read.
+            self.render(frames[turn % len(frames)])
+            seconds.append(time.perf_counter() - begun)
+        return 1 / median(seconds[WARM_UP_RENDERS:])
+
+
+def regional_psnr(truth: Picture, picture: Picture, head: NDArray[np.bool_]) -> dict[str, float | None]:
+    """PSNR over the whole crop, the subject's pixels and the head's; None where a region is empty."""
+    subject = metrics.subject_mask(truth.alpha, picture.alpha)
+    return {
+        "psnr": metrics.psnr(truth.image, picture.image),
+        "psnr_subject": metrics.psnr(truth.image, picture.image, subject) if subject.any() else None,
+        "psnr_head": metrics.psnr(truth.image, picture.image, head) if head.any() else None,
+    }
+
+
+def score(truth: Picture, picture: Picture, head: NDArray[np.bool_], lpips: Measure | None) -> dict[str, float | None]:
+    """Every figure of one frame; None where one cannot be had.
+
+    Args:
+        truth, picture: the frame and its render.
+        head: [R,R] the head's pixels.
+        lpips: the distance, where its weights are there.
+    """
+    side = min(truth.image.shape[:2])
+    error = metrics.squared_error(truth.image, picture.image)
+    partial = (truth.alpha > PARTIAL_ALPHA[0]) & (truth.alpha < PARTIAL_ALPHA[1])
+    return {
+        **regional_psnr(truth, picture, head),
+        "ssim": metrics.ssim(truth.image, picture.image),
+        "ms_ssim": metrics.ms_ssim(truth.image, picture.image) if side >= metrics.MS_SSIM_MIN_SIDE else None,
+        "l1": metrics.l1(truth.image, picture.image),
+        "flip": float(metrics.flip_map(truth.image, picture.image).mean()),
+        "lpips": lpips(truth.image, picture.image) if lpips else None,
+        "squared_error": float(error.sum()),
+        "squared_error_partial_alpha": float(error[partial].sum()),
+    }
+
+
+def head_regions(clip: Clip, head: HeadModel, frames: Sequence[int]) -> Iterator[NDArray[np.bool_]]:
+    """The pixels [R,R] of the fitted head in each of these frames: its silhouette without the torso, grown for hair."""
+    identity = torch.from_numpy(clip.identity)
+    for frame in frames:
+        rows = (torch.from_numpy(array[frame : frame + 1]) for array in (clip.expression, clip.neck, clip.eyes))
+        vertices = head.vertices(identity, *rows)[0].double().numpy()
+        T_cam_head = clip.Ts_cam_head[frame]
+        vertices_cam = vertices @ T_cam_head[:3, :3].T + T_cam_head[:3, 3]
+        size = (clip.resolution, clip.resolution)
+        yield metrics.head_mask(silhouette(vertices_cam, head.faces, clip.K, *size, head.regions["head"]))
+
+
+@dataclass(frozen=True)
+class TrainingScan:
+    """What one look at every training frame gives.
+
+    Attributes:
+        nearest: [n] for each held-out frame, the training frame that comes nearest to it.
+        mean: the mean training image and alpha.
+    """
+
+    nearest: NDArray[np.int64]
+    mean: Picture
+
+
+def scan_training(
+    clip: Clip,
+    train: NDArray[np.int64],
+    test: NDArray[np.int64],
+    *,
+    threads: int = 1,
+    on_frames: Callable[[int], None] = lambda count: None,
+) -> TrainingScan:
+    """The mean training frame, and for each held-out frame the training frame of the highest PSNR.
+
+    Training frames pass by in batches, so memory depends on the number of held-out frames only, and on that no more
+    than `SEARCH_BYTES` allow.
+
+    Args:
+        clip: whose frames.
+        train, test: frame indices.
+        threads: files decoded at a time.
+        on_frames: called with the number of frames after each batch.
+    """
+    size = clip.resolution
+    values = size * size * 3
+    rows = _rows_at_once(size)
+    image_sum, alpha_sum = np.zeros((size, size, 3)), np.zeros((size, size))
+    nearest = np.empty(len(test), np.int64)
+    for first in range(0, len(test), rows):
+        part = slice(first, first + rows)
+        targets = torch.from_numpy(load_crops(clip, test[part], threads=threads).images).reshape(-1, values).float()
+        # |x - y|^2 as |x|^2 - 2 x.y + |y|^2 is one matrix product; without their common part it keeps its digits.
+        centre = targets.mean(0)
+        targets -= centre
+        best = torch.full((len(targets),), torch.inf)
+        for start in range(0, len(train), SEARCH_BATCH):
+            batch = train[start : start + SEARCH_BATCH]
+            crops = load_crops(clip, batch, threads=threads)
+            if first == 0:
+                image_sum += crops.images.sum(0, dtype=np.float64)
+                alpha_sum += crops.alphas.sum(0, dtype=np.float64)
+            candidates = torch.from_numpy(crops.images).reshape(-1, values).float() - centre
+            # The target's own square is the same for every candidate.
+            distances = candidates.square().sum(1) - 2 * targets @ candidates.T
+            value, place = distances.min(1)
+            better = value < best
+            best = torch.where(better, value, best)
+            nearest[part][better.numpy()] = batch[place[better].numpy()]
+            on_frames(len(batch))
+    count = 255 * len(train)
+    mean = Picture((image_sum / count).astype(np.float32), (alpha_sum / count).astype(np.float32))
+    return TrainingScan(nearest, mean)
+
+
+def scan_length(clip: Clip, train: NDArray[np.int64], test: NDArray[np.int64]) -> int:
+    """How many frames `scan_training` will count."""
+    return len(train) * math.ceil(len(test) / _rows_at_once(clip.resolution))
+
+
+def _rows_at_once(resolution: int) -> int:
+    """Held-out frames [R,R,3], as float32, that `SEARCH_BYTES` hold."""
+    return max(1, SEARCH_BYTES // (4 * 3 * resolution**2))
+
+
+def nearest_by_parameters(clip: Clip, train: NDArray[np.int64], test: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each held-out frame the training frame nearest in expression and head pose, each in training deviations.
+
+    It sees what an avatar is driven by and nothing of the answer: the fair rival of the two nearest frames.
+    """
+    rotations = clip.Ts_cam_head[:, :3, :3]
+    # Relative to a training pose: a head that faces the camera is half a turn from its axes, where vectors jump.
+    turns = matrix_to_rotvec(rotations[train[0]].T @ rotations)
+    parameters = np.concatenate([clip.expression, turns, clip.Ts_cam_head[:, :3, 3]], -1).astype(np.float64)
+    spread = parameters[train].std(0)
+    # A coefficient that never moved in training tells nothing.
+    moving = spread > 1e-6
+    scaled = parameters[:, moving] / spread[moving]
+    return np.asarray(train[cdist(scaled[test], scaled[train]).argmin(1)])
+
+
+def judge(psnr: float, baselines: dict[str, float]) -> Level:
+    """What a held-out PSNR is worth beside those of the baselines.
+
+    good: within 1 dB of the best training frame, which was picked by looking at the answer, and above the mean frame.
+    fair: above what can be had without an avatar and without the answer. poor: not even that.
+    """
+    honest = max(baselines["nearest_by_parameters"], baselines["mean_frame"])
+    if psnr >= baselines["nearest_train_frame"] - 1 and psnr > baselines["mean_frame"]:
+        return "good"
+    return "fair" if psnr > honest else "poor"
+
+
+def verdict_text(result: dict[str, Any], level: Level) -> str:
+    """The stage's verdict in words from the contents of `metrics.json`."""
+    test, others, counts = result["test"], result["baselines"], result["counts"]
+    first, last = result["split"]["test"]
+    known = {name: f"{figures['psnr']:.1f}" for name, figures in others.items()}
+    parts = [
+        f"Evaluation: {level}. Held-out frames {first}-{last}: {test['psnr']:.1f} dB "
+        f"(best training frame {known['nearest_train_frame']}, nearest by parameters "
+        f"{known['nearest_by_parameters']}, mean frame {known['mean_frame']})"
+    ]
+    if test["psnr_head"] is not None:
+        parts.append(
+            f"the head alone {test['psnr_head']:.1f} dB (best training frame "
+            f"{others['nearest_train_frame']['psnr_head']:.1f})"
+        )
+    text = "; ".join(parts) + "."
+    if counts["test_usable"] < counts["test"]:
+        text += f" Measured on {counts['test_usable']} of {counts['test']} held-out frames: the others are not usable."
+    share = result["error_share_partial_alpha"]
+    if share is not None and share > 0.5:
+        text += f" {share:.0%} of the error lies where the matte is half transparent: a steadier matte comes first."
+    return text + f" Renders {result['speed']['render_fps']:.0f} frames a second."

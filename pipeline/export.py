@@ -1,0 +1,57 @@
+"""An avatar as other tools want it: its neutral state as plain Gaussians, and a camera to look at them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pipeline.avatars import AvatarModel
+from pipeline.geometry import invert_rigid, matrix_to_quaternion, quaternion_multiply, transform_points
+from pipeline.ply import Splats, colors_to_sh
+from pipeline.rasterize import render_uint8
+
+FRAMING_MARGIN = 1.08
+FRAMED_SHARE = (0.5, 99.5)
+"""Percentiles of the Gaussians' positions between which a picture is framed: strays do not shrink the rest."""
+
+
+def neutral_splats(avatar: AvatarModel) -> Splats:
+    """The avatar's Gaussians at rest, in the head's axes and metres."""
+    neutral = avatar.neutral
+    with torch.no_grad():
+        gaussians = avatar.gaussians(neutral)
+        T_head_cam = invert_rigid(neutral.T_cam_head)
+        turn = matrix_to_quaternion(T_head_cam[:3, :3])
+        quats = quaternion_multiply(turn.expand_as(gaussians.quats), gaussians.quats)
+        arrays = (
+            transform_points(T_head_cam, gaussians.means),
+            quats / quats.norm(dim=-1, keepdim=True),
+            gaussians.scales,
+            gaussians.opacities,
+        )
+    means, unit_quats, scales, opacities = (value.float().cpu().numpy() for value in arrays)
+    return Splats(means, unit_quats, scales, opacities, colors_to_sh(gaussians.colors.float().cpu().numpy()))
+
+
+def portrait(splats: Splats, T_cam_head: np.ndarray, size: int, threads: int | None = None) -> np.ndarray:
+    """A picture [size,size,3] uint8 of Gaussians over white, framed to fill it.
+
+    Args:
+        splats: in the head's axes.
+        T_cam_head: [4,4] where the head is seen from; only what lies before the camera is framed.
+        size: width and height in pixels.
+        threads: of the rasteriser.
+    """
+    points = transform_points(T_cam_head, splats.means.astype(np.float64))
+    seen = points[points[:, 2] > 0]
+    flat = seen[:, :2] / seen[:, 2:]
+    low, high = np.percentile(flat, FRAMED_SHARE[0], axis=0), np.percentile(flat, FRAMED_SHARE[1], axis=0)
+    focal = size / (FRAMING_MARGIN * float((high - low).max()))
+    middle = size / 2 - focal * (low + high) / 2
+    K = np.array([[focal, 0, middle[0]], [0, focal, middle[1]], [0, 0, 1]])
+    arrays = (splats.means, splats.quats, splats.scales, splats.opacities, splats.sh)
+    means, quats, scales, opacities, sh = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+    return render_uint8(
+        means, quats, scales, opacities, sh, torch.from_numpy(np.asarray(T_cam_head)), torch.from_numpy(K), size, size,
+        background=torch.ones(3), sh_degree=3, threads=threads,
+    )  # fmt: skip

@@ -1,0 +1,298 @@
+"""Evaluate: render the held-out frames, measure them beside the baselines, and show them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.errors import HeadcastError, StageError
+from pipeline.stage import Result, Stage, StageRun, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.clip import Clip
+    from pipeline.evaluation import ClipRenderer, Measure, TrainingScan
+
+SCHEMA = 1
+TRAIN_FRAMES_MEASURED = 20
+WORST_FRAMES = TYPICAL_FRAMES = 3
+REGIONS = ("psnr", "psnr_subject", "psnr_head")
+FIGURES = (*REGIONS, "ssim", "ms_ssim", "l1", "flip", "lpips")
+
+
+class Span(NamedTuple):
+    """A part of the clip: all its frames, and those of them that can be used."""
+
+    frames: NDArray[np.int64]
+    usable: NDArray[np.int64]
+
+
+class Measured(NamedTuple):
+    """One held-out frame, measured."""
+
+    figures: dict[str, float | None]
+    image: NDArray[np.uint8]
+    """[R,R,3] the render."""
+    head: NDArray[np.bool_]
+    """[R,R] the head's pixels."""
+
+
+def run(run: StageRun) -> Result:
+    """Measure the avatar on the frames that training never saw.
+
+    Raises:
+        StageError: no held-out or no training frame can be used.
+    """
+    import torch
+
+    from pipeline.avatars import load_avatar
+    from pipeline.clip import load_clip
+    from pipeline.dataset import read_json, write_json
+    from pipeline.evaluation import ClipRenderer, judge, verdict_text
+    from pipeline.training import resolve_device
+
+    clip = load_clip(run.subject, run.config.train.resolution)
+    train, test = _spans(run, clip)
+    torch.set_num_threads(run.threads)
+    device = resolve_device(run.device)
+    renderer = ClipRenderer.of(load_avatar(run.subject.stage("train"), device), clip, run.threads, device)
+    lpips, lpips_reason = _lpips(run.config.evaluate.lpips, clip.resolution)
+    _measure_frames(run, clip, test.usable, renderer, lpips)
+    scan = _scan(run, clip, train, test)
+    baselines = _measure_baselines(run, clip, train, test, scan)
+    log = read_json(run.input("train", "log.json"))
+    result = {
+        "schema": SCHEMA,
+        "subject": run.subject.name,
+        "resolution": [clip.resolution, clip.resolution],
+        "split": {name: [int(s.frames[0]), int(s.frames[-1])] for name, s in (("train", train), ("test", test))},
+        "counts": {
+            **{"train": len(train.frames), "train_usable": len(train.usable)},
+            **{"test": len(test.frames), "test_usable": len(test.usable)},
+        },
+        **_test_figures(run, clip, test, baselines),
+        "lpips_reason": lpips_reason,
+        "train": {"psnr": _train_psnr(run, clip, train, renderer)},
+        "avatar": {
+            "model": renderer.avatar.name,
+            "gaussians": renderer.avatar.count,
+            "bytes": sum(run.input("train", name).stat().st_size for name in ("avatar.safetensors", "avatar.json")),
+        },
+        "speed": {
+            "render_fps": round(renderer.fps(test.usable.tolist()), 1),
+            "train_seconds": log[-1]["seconds"] if log else None,
+            "train_steps": log[-1]["step"] if log else None,
+        },
+    }
+    write_json(run.work / "metrics.json", result)
+    _draw(run, clip, test, result, log)
+    level = judge(result["test"]["psnr"], {name: row["psnr"] for name, row in result["baselines"].items()})
+    summary = {name: value for name, value in result.items() if name not in ("schema", "subject", "per_frame")}
+    return Result(Verdict(level, verdict_text(result, level), "comparison.jpg"), summary)
+
+
+def _spans(run: StageRun, clip: Clip) -> tuple[Span, Span]:
+    """The training and the held-out part."""
+    from pipeline.clip import split
+
+    config = run.config.evaluate
+    parts = split(len(clip), config.holdout, config.min_holdout_frames)
+    train, test = (Span(frames, frames[clip.usable[frames]]) for frames in parts)
+    for name, span in (("training", train), ("held-out", test)):
+        if not len(span.usable):
+            raise StageError(
+                f"None of the {name} frames {span.frames[0]}-{span.frames[-1]} of '{run.subject.name}' can be used: "
+                "the face is missing, occluded or off-frame in all of them.",
+                "take another span with --set decode.start_seconds=... decode.end_seconds=..., or film again",
+            )
+    return train, test
+
+
+def _lpips(wanted: bool, resolution: int) -> tuple[Measure | None, str | None]:
+    """The LPIPS distance, or why there is none."""
+    if not wanted:
+        return None, "switched off: evaluate.lpips is false"
+    from pipeline.lpips import MIN_SIDE, load_lpips
+
+    if resolution < MIN_SIDE:
+        return None, f"it needs sides of at least {MIN_SIDE} px"
+    try:
+        return load_lpips(), None
+    except HeadcastError as error:
+        return None, error.what
+
+
+def _measure_frames(
+    run: StageRun, clip: Clip, frames: NDArray[np.int64], renderer: ClipRenderer, lpips: Measure | None
+) -> None:
+    """Render and score every held-out frame; each is kept as soon as it is done."""
+    import numpy as np
+
+    from pipeline.clip import load_crops
+    from pipeline.evaluation import Picture, head_regions, score
+    from pipeline.heads import load_head
+
+    missing = [int(frame) for frame in frames if not _scratch(run, int(frame)).is_file()]
+    regions = head_regions(clip, load_head(clip.head), missing)
+    with run.reporter.task("evaluate", len(frames), "frames", len(frames) - len(missing)) as task:
+        for frame, head in zip(missing, regions, strict=True):
+            run.check_stop()
+            picture = renderer.render(frame)
+            figures = score(Picture.of(load_crops(clip, [frame]), 0), picture, head, lpips)
+            _store(run, frame, Measured(figures, (picture.image * 255 + 0.5).astype(np.uint8), head))
+            task.advance(note=f"PSNR {figures['psnr']:.1f} dB")
+
+
+def _scan(run: StageRun, clip: Clip, train: Span, test: Span) -> TrainingScan:
+    from pipeline.evaluation import scan_length, scan_training
+
+    with run.reporter.task("baselines", scan_length(clip, train.usable, test.usable), "frames") as task:
+
+        def on_frames(count: int) -> None:
+            task.advance(count)
+            run.check_stop()
+
+        return scan_training(clip, train.usable, test.usable, threads=run.threads, on_frames=on_frames)
+
+
+def _measure_baselines(
+    run: StageRun, clip: Clip, train: Span, test: Span, scan: TrainingScan
+) -> dict[str, list[dict[str, Any]]]:
+    """For each baseline and held-out frame its PSNRs, and the training frame that stood in."""
+    from pipeline.clip import load_crops
+    from pipeline.evaluation import BASELINES, Picture, nearest_by_parameters, regional_psnr
+
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in BASELINES}
+    picks = zip(scan.nearest, nearest_by_parameters(clip, train.usable, test.usable), strict=True)
+    for frame, (nearest, similar) in zip(test.usable, picks, strict=True):
+        run.check_stop()
+        crops = load_crops(clip, [int(frame), int(nearest), int(similar)])
+        stand_ins = ((Picture.of(crops, 1), int(nearest)), (Picture.of(crops, 2), int(similar)), (scan.mean, None))
+        head = _load(run, int(frame)).head
+        for name, (picture, pick) in zip(BASELINES, stand_ins, strict=True):
+            rows[name].append({"frame": pick, **regional_psnr(Picture.of(crops, 0), picture, head)})
+    return rows
+
+
+def _test_figures(
+    run: StageRun, clip: Clip, test: Span, baselines: Mapping[str, Sequence[dict[str, Any]]]
+) -> dict[str, Any]:
+    """The held-out part of `metrics.json`: means, then the figures of every frame."""
+    from pipeline.metrics import MS_SSIM_MIN_SIDE
+
+    frames = [_load(run, int(frame)).figures for frame in test.usable]
+    error, partial = (sum(f[key] or 0 for f in frames) for key in ("squared_error", "squared_error_partial_alpha"))
+    too_small = clip.resolution < MS_SSIM_MIN_SIDE
+    return {
+        "test": {name: _mean(frames, name) for name in FIGURES},
+        "ms_ssim_reason": f"it needs sides of at least {MS_SSIM_MIN_SIDE} px" if too_small else None,
+        "error_share_partial_alpha": round(partial / error, 4) if error > 0 else None,
+        "baselines": {name: {region: _mean(rows, region) for region in REGIONS} for name, rows in baselines.items()},
+        "per_frame": {
+            "frame": test.usable.tolist(),
+            "time": [round(float(clip.times[frame]), 4) for frame in test.usable],
+            **{name: [_rounded(figures[name]) for figures in frames] for name in FIGURES},
+            "baselines": {
+                name: {"frame": [row["frame"] for row in rows], "psnr": [_rounded(row["psnr"]) for row in rows]}
+                for name, rows in baselines.items()
+            },
+        },
+    }
+
+
+def _train_psnr(run: StageRun, clip: Clip, train: Span, renderer: ClipRenderer) -> float | None:
+    """Mean PSNR on training frames that are spread evenly."""
+    from pipeline.clip import load_crops
+    from pipeline.evaluation import Picture
+    from pipeline.frames import evenly
+    from pipeline.metrics import psnr
+
+    rows = []
+    for frame in train.usable[evenly(len(train.usable), TRAIN_FRAMES_MEASURED)]:
+        run.check_stop()
+        truth = Picture.of(load_crops(clip, [int(frame)]), 0)
+        rows.append({"psnr": psnr(truth.image, renderer.render(int(frame)).image)})
+    return _mean(rows, "psnr")
+
+
+def _draw(run: StageRun, clip: Clip, test: Span, result: dict[str, Any], log: list[dict[str, Any]]) -> None:
+    """Write the comparison's video and sheet, and the curves."""
+    import numpy as np
+
+    from pipeline.clip import load_crops
+    from pipeline.evaluation_figures import side_by_side, write_curves, write_sheet
+    from pipeline.frames import evenly
+    from pipeline.metrics import flip_map
+    from pipeline.video import write_video
+
+    figures = result["per_frame"]
+    scores = dict(zip(figures["frame"], figures["psnr"], strict=True))
+
+    def compare(frame: int, note: str = "") -> NDArray[np.uint8]:
+        run.check_stop()
+        truth, image = load_crops(clip, [frame]).images[0], _load(run, frame).image
+        flip = flip_map(truth.astype(np.float32) / 255, image.astype(np.float32) / 255)
+        return side_by_side(truth, image, flip, f"frame {frame}{note}", f"render, {scores[frame]:.1f} dB")
+
+    def all_frames() -> Iterator[NDArray[np.uint8]]:
+        with run.reporter.task("comparison", len(scores), "frames") as task:
+            for frame in scores:
+                yield compare(frame)
+                task.advance()
+
+    write_video(run.work / "comparison.mp4", all_frames(), 1 / float(np.median(np.diff(clip.times))))
+    ranked = sorted(scores, key=lambda frame: scores[frame])
+    worst, others = ranked[:WORST_FRAMES], sorted(ranked[WORST_FRAMES:])
+    typical = [others[i] for i in evenly(len(others), TYPICAL_FRAMES)] if others else []
+    sheet = [compare(frame, ", one of the worst") for frame in worst], [compare(frame) for frame in typical]
+    write_sheet(run.work / "comparison.jpg", sheet)
+    curves = {"avatar": figures["psnr"], **{name: rows["psnr"] for name, rows in figures["baselines"].items()}}
+    write_curves(run.work / "curves.png", figures["frame"], curves, log)
+
+
+def _scratch(run: StageRun, frame: int) -> Path:
+    return run.scratch / f"{frame:06d}.npz"
+
+
+def _store(run: StageRun, frame: int, measured: Measured) -> None:
+    import numpy as np
+
+    path = _scratch(run, frame)
+    temporary = path.with_name(f".{path.name}")
+    arrays: dict[str, Any] = {name: np.nan if value is None else value for name, value in measured.figures.items()}
+    np.savez(temporary, image=measured.image, head=measured.head, **arrays)
+    temporary.replace(path)
+
+
+def _load(run: StageRun, frame: int) -> Measured:
+    import numpy as np
+
+    with np.load(_scratch(run, frame), allow_pickle=False) as file:
+        figures = {name: float(file[name]) for name in file.files if file[name].ndim == 0}
+        return Measured(
+            {name: None if np.isnan(value) else value for name, value in figures.items()}, file["image"], file["head"]
+        )
+
+
+def _mean(rows: Sequence[Mapping[str, float | None]], name: str) -> float | None:
+    """Mean of a figure over the rows that have it; None where none has."""
+    values = [value for row in rows if (value := row[name]) is not None]
+    return _rounded(sum(values) / len(values)) if values else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)
+
+
+STAGE = Stage(
+    name="evaluate",
+    version=1,
+    inputs=("decode", "matte", "fit", "train"),
+    run=run,
+    reads=("train.resolution",),
+    description="render the held-out frames and measure them beside the baselines",
+)

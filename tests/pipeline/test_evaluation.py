@@ -1,0 +1,125 @@
+"""Baselines and judgement of held-out quality."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from pipeline import evaluation, metrics
+from pipeline.clip import Clip, load_crops
+from pipeline.evaluation import Picture, judge, nearest_by_parameters, scan_training, score
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Clip:
+    """Eight random frames of 16 x 16 with random alpha, and random poses of a head that faces the camera."""
+    rng = np.random.default_rng(0)
+    count, size = 8, 16
+    frames, alphas = [], []
+    for i in range(count):
+        frames.append(tmp_path / f"{i}.png")
+        alphas.append(tmp_path / f"{i}-alpha.png")
+        cv2.imwrite(str(frames[-1]), rng.integers(0, 256, (size, size, 3), np.uint8))
+        cv2.imwrite(str(alphas[-1]), rng.integers(0, 256, (size, size), np.uint8))
+    poses = np.tile(np.diag([1.0, -1, -1, 1]), (count, 1, 1))
+    poses[:, :3, 3] = rng.normal([0, 0, 0.6], 0.02, (count, 3))
+    return Clip(
+        K=np.array([[20.0, 0, 8], [0, 20, 8], [0, 0, 1]]),
+        resolution=size,
+        crop=(0, 0, size),
+        Ts_cam_head=poses,
+        Ts_cam_torso=poses,
+        expression=rng.random((count, 52)).astype(np.float32),
+        expression_names=tuple(f"e{i}" for i in range(52)),
+        identity=np.zeros(3, np.float32),
+        neck=np.zeros((count, 3), np.float32),
+        eyes=np.zeros((count, 2, 3), np.float32),
+        usable=np.ones(count, bool),
+        times=np.arange(count) / 25,
+        head="anny",
+        frames=tuple(frames),
+        alphas=tuple(alphas),
+    )
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 100])
+def test_the_nearest_frame_is_the_one_of_highest_psnr(
+    clip: Clip, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "SEARCH_BYTES", rows_at_once * 4 * 3 * 16 * 16)
+    monkeypatch.setattr(evaluation, "SEARCH_BATCH", 2)
+    train, test = np.array([0, 1, 3, 4, 5]), np.array([2, 6, 7])
+    counted: list[int] = []
+    scan = scan_training(clip, train, test, on_frames=counted.append)
+    images = load_crops(clip, np.arange(8)).images / 255.0
+    best = [max(train, key=lambda i: metrics.psnr(images[t], images[i])) for t in test]
+    assert scan.nearest.tolist() == best
+    assert sum(counted) == evaluation.scan_length(clip, train, test)
+    np.testing.assert_allclose(scan.mean.image, images[train].mean(0), atol=1e-6)
+
+
+def test_a_frame_is_found_again_by_its_parameters(clip: Clip) -> None:
+    expression, poses = clip.expression.copy(), clip.Ts_cam_head.copy()
+    expression[6:], poses[6:] = expression[[4, 1]], poses[[4, 1]]
+    again = replace(clip, expression=expression, Ts_cam_head=poses)
+    assert nearest_by_parameters(again, np.arange(6), np.array([6, 7])).tolist() == [4, 1]
+
+
+def test_small_turns_about_half_a_turn_stay_small(clip: Clip) -> None:
+    """A face that looks into the camera is turned by pi from the head's axes; the vector's sign must not matter."""
+    angles = np.pi + np.array([-0.3, -0.02, 0.25, 0.4, 0.5, 0.6, 0.02, 0.0])
+    poses = clip.Ts_cam_head.copy()
+    poses[:, :3, 3] = [0, 0, 0.6]
+    for pose, angle in zip(poses, angles, strict=True):
+        pose[:3, :3] = [[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]]
+    still = replace(clip, expression=np.zeros_like(clip.expression), Ts_cam_head=poses)
+    assert nearest_by_parameters(still, np.arange(6), np.array([6, 7])).tolist() == [1, 1]
+
+
+def test_a_perfect_render_scores_perfectly() -> None:
+    rng = np.random.default_rng(1)
+    alpha = np.zeros((32, 32), np.float32)
+    alpha[8:24, 8:24], alpha[8, 8:24] = 1, 0.5
+    truth = Picture(rng.random((32, 32, 3)).astype(np.float32), alpha)
+    figures = score(truth, truth, alpha > 0.5, lambda a, b: float(np.abs(a - b).mean()))
+    assert figures["psnr"] == figures["psnr_subject"] == figures["psnr_head"] == metrics.PSNR_CAP_DB
+    assert figures["ssim"] == pytest.approx(1)
+    assert figures["l1"] == figures["flip"] == figures["lpips"] == figures["squared_error"] == 0
+    assert figures["ms_ssim"] is None
+
+
+def test_regions_see_their_own_errors_only() -> None:
+    alpha = np.zeros((32, 32), np.float32)
+    alpha[8:24, 8:24], alpha[8, 8:24] = 1, 0.5
+    truth = Picture(np.full((32, 32, 3), 0.5, np.float32), alpha)
+    wrong = truth.image.copy()
+    wrong[8] += 0.2  # half of this row is of partial alpha, the rest of it is background
+    head = np.zeros((32, 32), bool)
+    head[12:20, 12:20] = True
+    figures = score(truth, Picture(wrong, alpha), head, None)
+    assert figures["psnr_head"] == metrics.PSNR_CAP_DB
+    assert figures["psnr"] == pytest.approx(-10 * np.log10(0.04 / 32), abs=1e-4)
+    assert figures["psnr_subject"] == pytest.approx(-10 * np.log10(0.04 / 16), abs=1e-4)
+    assert figures["squared_error_partial_alpha"] == pytest.approx(0.5 * figures["squared_error"])
+    nobody = Picture(truth.image, np.zeros((32, 32), np.float32))
+    assert score(nobody, nobody, np.zeros((32, 32), bool), None)["psnr_subject"] is None
+
+
+@pytest.mark.parametrize(
+    ("psnr", "nearest", "similar", "mean", "level"),
+    [
+        (33.4, 34.4, 32.0, 31.9, "good"),
+        (33.3, 34.4, 32.0, 31.9, "fair"),
+        (31.95, 34.4, 32.0, 31.9, "poor"),
+        (32.0, 32.5, 30.0, 32.3, "poor"),
+    ],
+)
+def test_a_figure_is_judged_beside_the_baselines(
+    psnr: float, nearest: float, similar: float, mean: float, level: str
+) -> None:
+    baselines = {"nearest_train_frame": nearest, "nearest_by_parameters": similar, "mean_frame": mean}
+    assert judge(psnr, baselines) == level
