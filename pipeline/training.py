@@ -7,13 +7,14 @@ therefore give the same weights, and a resumed run needs no random state: it con
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -72,6 +73,7 @@ class Trainer:
         self.backend: Backend = "gsplat" if self.device.type == "cuda" else "cpu"
         self.avatar: AvatarModel = avatar_class(config.avatar).start(data, config, np.random.default_rng(config.seed))
         self.avatar.to(self.device)
+        self._clip = _digest(data)
         self.head = f"{data.head.name} {data.head.version}"
         self.step_count = 0
         self.seconds = 0.0
@@ -105,7 +107,10 @@ class Trainer:
         background = self._background_at(step)
         target = level.over(frame, background)
         gaussians = self.avatar.deform(row(self._prepared, frame))
-        render = splat(gaussians, level.K, level.size, level.size, background, self.backend, self.threads)
+        try:
+            render = splat(gaussians, level.K, level.size, level.size, background, self.backend, self.threads)
+        except ValueError as error:
+            raise self._diverged(str(error)) from error
         loss = photometric_loss(render.image, target)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -186,11 +191,8 @@ class Trainer:
         for name, state in self._optimiser_states():
             tensors |= {f"adam/{name}/{key}": value for key, value in state.items()}
         described = {
-            "schema": CHECKPOINT_SCHEMA,
+            **self._identity(),
             "step": self.step_count,
-            "head": self.head,
-            "config": self.config.model_dump(),
-            "frames": self._count,
             "seconds": self.seconds,
             "losses": self._losses,
             "log": [asdict(entry) for entry in self.log],
@@ -216,16 +218,12 @@ class Trainer:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise StageError(f"The checkpoint '{path}' cannot be read: {error}.", restart) from error
-        expected = {
-            "schema": CHECKPOINT_SCHEMA,
-            "head": self.head,
-            "frames": self._count,
-            "config": self.config.model_dump(),
-        }
+        expected = self._identity()
         for name, value in expected.items():
             if described.get(name) != value:
-                found = described.get(name)
-                raise StageError(f"The checkpoint '{path}' has {name} {found}, this run {value}.", restart)
+                raise StageError(
+                    f"The checkpoint '{path}' has {name} {described.get(name)}, this run {value}.", restart
+                )
         weights = {name.removeprefix("avatar/"): v for name, v in tensors.items() if name.startswith("avatar/")}
         self.avatar.load_state_dict(weights)
         for name, state in self._optimiser_states():
@@ -235,6 +233,15 @@ class Trainer:
         self.log = [Entry(**entry) for entry in described["log"]]
         self._losses = described["losses"]
         return True
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the run that resumes from it."""
+        return {
+            "schema": CHECKPOINT_SCHEMA,
+            "head": self.head,
+            "clip": self._clip,
+            "config": self.config.model_dump(),
+        }
 
     def _diverged(self, cause: str) -> StageError:
         return StageError(
@@ -281,6 +288,14 @@ def resolve_device(name: str) -> torch.device:
 @functools.lru_cache(maxsize=2)
 def _shuffled(seed: int, first: int, turn: int, count: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, 1, first, turn]).permutation(count)
+
+
+def _digest(data: TrainingData) -> str:
+    """Fingerprint of the training frames and their conditions."""
+    digest = hashlib.sha256()
+    for array in (data.images, data.alphas, data.K, data.identity, *(value.numpy() for value in data.conditions)):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
 
 
 class _Level:

@@ -221,7 +221,7 @@ def save_avatar(avatar: AvatarModel, folder: Path, training: dict[str, Any] | No
     from safetensors.torch import save
 
     weights = {name: value.detach().cpu().contiguous() for name, value in avatar.compact_weights().items()}
-    write_atomic(folder / WEIGHTS, save(weights, {"format": "headcast-avatar", "schema": str(SCHEMA)}))
+    write_atomic(folder / WEIGHTS, save(weights))
     description = {
         "schema": SCHEMA,
         "model": avatar.name,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.avatars import AvatarModel, Condition, Gaussians, ParameterGroup, TrainingData
+from pipeline.errors import StageError
 from pipeline.geometry import (
     invert_rigid,
     make_rigid,
@@ -24,7 +25,7 @@ from pipeline.geometry import (
     quaternion_multiply,
     rotvec_to_matrix,
 )
-from pipeline.mesh_render import interpolate, rasterize_mesh
+from pipeline.mesh_render import Raster, interpolate, rasterize_mesh
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -217,15 +218,20 @@ class RiggedAvatar(AvatarModel):
         A pixel that sees the fitted head becomes a Gaussian on that spot of its surface; one that sees hair or clothes
         beside it is put at the depth of the nearest spot and hangs on that.
         """
-        frames = spread_frames(_features(data.conditions).numpy(), min(START_FRAMES, len(data)))
-        neutral = data.head.template + np.einsum("s,svi->vi", data.identity, data.head.identity_basis)
-        centres = data.head.joints + np.einsum("s,sji->ji", data.identity, data.head.joints_identity_basis)
+        features = _features(data.conditions)
+        identity = data.identity.astype(np.float64)
+        neutral = data.head.template + np.einsum("s,svi->vi", identity, data.head.identity_basis)
+        centres = data.head.joints + np.einsum("s,sji->ji", identity, data.head.joints_identity_basis)
         eye_centres = torch.from_numpy(centres[2:].astype(np.float32))
-        shares = np.diff(np.linspace(0, config.gaussians, len(frames) + 1).round().astype(int))
-        parts = [
-            _start_from_frame(data, frame, share, neutral, eye_centres, config.gaussians, rng)
-            for frame, share in zip(frames, shares, strict=True)
-        ]
+        candidates = spread_frames(features.numpy(), min(START_FRAMES, len(data)))
+        views = [view for frame in candidates if (view := _View.of(data, frame, neutral, eye_centres)) is not None]
+        if not views:
+            raise StageError(
+                "The fitted head lies outside the training crop in every frame looked at.",
+                "look at the fit's overlay; run: headcast rerun SUBJECT --from fit",
+            )
+        shares = np.diff(np.linspace(0, config.gaussians, len(views) + 1).round().astype(int))
+        parts = [_seeds(data, view, share, config.gaussians, rng) for view, share in zip(views, shares, strict=True)]
         seeds = _Seeds(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         corners = data.head.faces[seeds.face]
         used, compact = np.unique(corners, return_inverse=True)
@@ -240,7 +246,6 @@ class RiggedAvatar(AvatarModel):
             torch.from_numpy(eyes.astype(np.float32)),
             eye_centres,
         )
-        features = _features(data.conditions)
         avatar = cls(rig, config.basis, config.hidden, features.shape[1], data.head.name, data.head.expression_names)
         torso = np.clip(skin[:, 1] / np.maximum(skin[:, :2].sum(1), 1e-6), 0.05, 0.95)
         middle = _most_typical(features)
@@ -334,25 +339,35 @@ class _Seeds(NamedTuple):
     color: NDArray[np.float32]
 
 
-def _start_from_frame(
-    data: TrainingData,
-    frame: int,
-    share: int,
-    neutral: NDArray[np.floating],
-    eye_centres: Tensor,
-    total: int,
-    rng: np.random.Generator,
-) -> _Seeds:
+class _View(NamedTuple):
+    """The fitted head in one training frame."""
+
+    frame: int
+    joints: NDArray[np.float64]
+    """[4,4,4] Ts_cam_joint."""
+    neutral: NDArray[np.float64]
+    """[V,3]."""
+    expressed: NDArray[np.float64]
+    """[V,3], still in the head frame."""
+    raster: Raster
+
+    @classmethod
+    def of(cls, data: TrainingData, frame: int, neutral: NDArray[np.float64], eye_centres: Tensor) -> _View | None:
+        """None where the crop shows nothing of the head."""
+        head, size = data.head, data.images.shape[1]
+        condition = Condition(*(value[frame : frame + 1].double() for value in data.conditions))
+        joints = joint_transforms(condition, eye_centres.double())[0].numpy()
+        expressed = neutral + np.einsum("e,evi->vi", condition.expression[0].numpy(), head.expression_basis)
+        blended = np.einsum("vj,jab->vab", head.skin_weights, joints)
+        posed = np.einsum("vab,vb->va", blended[:, :3, :3], expressed) + blended[:, :3, 3]
+        raster = rasterize_mesh(posed, head.faces, data.K, size, size)
+        return cls(frame, joints, neutral, expressed, raster) if (raster.face_index >= 0).any() else None
+
+
+def _seeds(data: TrainingData, view: _View, share: int, total: int, rng: np.random.Generator) -> _Seeds:
     """`share` seeds from one frame's pixels; `total` seeds over all frames decide how large each has to be."""
-    head = data.head
-    condition = Condition(*(value[frame : frame + 1].double() for value in data.conditions))
-    joints = joint_transforms(condition, eye_centres.double())[0].numpy()
-    expressed = neutral + np.einsum("e,evi->vi", condition.expression[0].numpy(), head.expression_basis)
-    blended = np.einsum("vj,jab->vab", head.skin_weights, joints)
-    posed = np.einsum("vab,vb->va", blended[:, :3, :3], expressed) + blended[:, :3, 3]
-    size = data.images.shape[1]
-    raster = rasterize_mesh(posed, head.faces, data.K, size, size)
-    alpha = data.alphas[frame].astype(np.float64) / 255
+    head, raster, size = data.head, view.raster, data.images.shape[1]
+    alpha = data.alphas[view.frame].astype(np.float64) / 255
 
     weight = np.where(alpha > 0.3, _importance(head, raster), 0)
     flat = weight.ravel()
@@ -375,20 +390,20 @@ def _start_from_frame(
     y = (rows + 0.5 - data.K[1, 2]) / data.K[1, 1] * depth
     corners = head.faces[face]
     skin = np.einsum("nc,nci->ni", bary, head.skin_weights[corners])
-    bone = np.einsum("nj,jab->nab", skin, joints)
+    bone = np.einsum("nj,jab->nab", skin, view.joints)
     unposed = np.linalg.solve(bone[:, :3, :3], (np.stack([x, y, depth], 1) - bone[:, :3, 3])[..., None])[..., 0]
-    shift = np.einsum("nc,nci->ni", bary, (expressed - neutral)[corners])
+    shift = np.einsum("nc,nci->ni", bary, (view.expressed - view.neutral)[corners])
     rest = unposed - follow[:, None] * shift
 
-    a, b, c = (neutral[corners[:, i]] for i in range(3))
+    a, b, c = (view.neutral[corners[:, i]] for i in range(3))
     normal = np.cross(b - a, c - a)
-    towards_camera = np.broadcast_to(-joints[0, 2, :3], normal.shape)
+    towards_camera = np.broadcast_to(-view.joints[0, 2, :3], normal.shape)
     normal = np.where(distance[:, None] > 0, towards_camera, normal)
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
 
     spacing = 1 / np.sqrt(np.maximum(total * probability[pixels], 1e-6))
     opacity = np.maximum(alpha[rows, columns], 0.3)[:, None]
-    over_white = data.images[frame][rows, columns] / 255
+    over_white = data.images[view.frame][rows, columns] / 255
     color = np.clip((over_white - (1 - opacity)) / opacity, 0, 1)
     return _Seeds(
         face,
@@ -401,7 +416,7 @@ def _start_from_frame(
     )
 
 
-def _importance(head: HeadModel, raster: Any) -> NDArray[np.float64]:
+def _importance(head: HeadModel, raster: Raster) -> NDArray[np.float64]:
     """[H,W] how densely Gaussians start: 1 beside the face, more on it, most at eyes and mouth."""
     fine = np.zeros(len(head.template), np.float32)
     for region in ("lips", "eyelids", "eyes", "teeth", "tongue", "mouth_interior"):

@@ -1,0 +1,84 @@
+"""A small synthetic subject as training data, shared by the tests of avatars, training and the train stage."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from pipeline.avatars import Condition, TrainingData
+from pipeline.dataset import Subject
+from pipeline.geometry import make_rigid, rotvec_to_matrix
+from pipeline.synthetic import SyntheticClip, make_clip
+
+SIZE = 64
+
+# More threads would only wait for each other on tensors this small.
+torch.set_num_threads(1)
+
+
+@functools.cache
+def clip(frames: int = 24) -> SyntheticClip:
+    """A talking head on a plain background."""
+    return make_clip(frames, SIZE, SIZE, seed=3, background="plain")
+
+
+def torso_poses(clip: SyntheticClip) -> np.ndarray:
+    """Ts_cam_torso [T,4,4]: the torso turns against the head about their common pivot."""
+    turns = rotvec_to_matrix(clip.neck.astype(np.float64)).swapaxes(-1, -2)
+    return clip.Ts_cam_head @ make_rigid(turns, np.zeros((len(turns), 3)))
+
+
+def conditions(clip: SyntheticClip) -> Condition:
+    """The clip's true conditions."""
+    arrays = (clip.expression, clip.Ts_cam_head, torso_poses(clip), clip.neck, clip.eyes)
+    return Condition(*(torch.as_tensor(array, dtype=torch.float32) for array in arrays))
+
+
+def training_data(frames: int = 24) -> TrainingData:
+    """All frames of the clip, over white."""
+    made = clip(frames)
+    alpha = made.alpha[..., None]
+    white = made.images + (1 - alpha) * 255 * (1 - made.background)
+    return TrainingData(
+        images=white.round().clip(0, 255).astype(np.uint8),
+        alphas=(made.alpha * 255).round().astype(np.uint8),
+        conditions=conditions(made),
+        K=made.K,
+        head=made.head,
+        identity=made.identity,
+    )
+
+
+def write_subject(root: Path, frames: int = 24) -> Subject:
+    """The decode, matte and fit files of the clip, as far as training reads them."""
+    made = clip(frames)
+    for folder in ("decode/frames", "matte/alpha", "fit"):
+        (root / folder).mkdir(parents=True)
+    entries = []
+    for i, (image, alpha) in enumerate(zip(made.images, made.alpha, strict=True)):
+        cv2.imwrite(str(root / f"decode/frames/{i:06d}.jpg"), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+        cv2.imwrite(str(root / f"matte/alpha/{i:06d}.png"), (alpha * 255).round().astype(np.uint8))
+        entries.append({"index": i, "file": f"frames/{i:06d}.jpg", "time": i / 25, "source_frame": i})
+    listing = {"schema": 1, "width": SIZE, "height": SIZE, "count": frames, "frames": entries}
+    (root / "decode/frames.json").write_text(json.dumps(listing))
+    np.savez(
+        root / "fit/fit.npz",
+        K=made.K,
+        image_size=np.array([SIZE, SIZE]),
+        Ts_cam_head=made.Ts_cam_head,
+        Ts_cam_torso=torso_poses(made),
+        neck=made.neck,
+        eyes=made.eyes,
+        identity=made.identity,
+        expression=made.expression,
+        expression_names=np.array(made.head.expression_names),
+        usable=np.ones(frames, bool),
+        head=np.array("anny"),
+        crop=np.array([0.0, 0.0, SIZE]),
+    )
+    return Subject(root)

@@ -1,0 +1,150 @@
+"""The trainer recovers a known subject, is deterministic, resumes where it was, and stops on nonsense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from avatar_data import training_data
+
+from pipeline import training
+from pipeline.avatars import Condition, TrainingData
+from pipeline.config import TrainConfig
+from pipeline.errors import StageError
+from pipeline.training import CHECKPOINT, Trainer, resolve_device
+
+CONFIG = TrainConfig(gaussians=600, resolution=64, steps=40)
+
+
+def part(data: TrainingData, rows: slice | np.ndarray) -> TrainingData:
+    """Some of the frames."""
+    conditions = Condition(*(value[rows] for value in data.conditions))
+    return TrainingData(data.images[rows], data.alphas[rows], conditions, data.K, data.head, data.identity)
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """A copy of all weights."""
+    return {name: value.clone() for name, value in trainer.avatar.state_dict().items()}
+
+
+def run(trainer: Trainer, steps: int) -> None:
+    for _ in range(steps):
+        trainer.step()
+
+
+def test_training_recovers_the_subject_on_frames_it_never_saw() -> None:
+    data = training_data(48)
+    held_out = np.arange(48) % 6 == 3
+    train, test = part(data, np.flatnonzero(~held_out)), part(data, np.flatnonzero(held_out))
+    trainer = Trainer(train, TrainConfig(gaussians=1500, resolution=64, steps=300), threads=1)
+    run(trainer, 300)
+    entry = trainer.record()
+    assert entry.psnr_train > 30
+
+    def error(image: np.ndarray, truth: np.ndarray) -> float:
+        return float(-10 * np.log10(np.square(image / 255.0 - truth / 255.0).mean()))
+
+    K, white = torch.from_numpy(data.K), torch.ones(3)
+    mean_frame = train.images.mean(0)
+    rendered, mean = [], []
+    with torch.no_grad():
+        for i in range(len(test)):
+            image = trainer.avatar.render(test.conditions.frame(i), K, 64, 64, white, threads=1).image.clamp(0, 1)
+            rendered.append(error(image.numpy() * 255, test.images[i]))
+            mean.append(error(mean_frame, test.images[i]))
+    assert np.mean(rendered) > 30
+    assert np.mean(rendered) > np.mean(mean) + 8
+
+
+def test_training_learns_the_alpha() -> None:
+    data = training_data()
+    trainer = Trainer(data, CONFIG.model_copy(update={"steps": 150, "gaussians": 1500}), threads=1)
+    run(trainer, 150)
+    black = trainer.render(0, torch.zeros(3))
+    alpha = 1 - (trainer.render(0) - black).mean(2)
+    truth = torch.from_numpy(data.alphas[0]).float() / 255
+    assert (alpha - truth).abs().mean() < 0.03
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others() -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        trainer = Trainer(training_data(), CONFIG.model_copy(update={"seed": seed}), threads=1)
+        run(trainer, 12)
+        runs.append(weights_of(trainer))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not torch.equal(runs[0]["means"], runs[2]["means"])
+
+
+@pytest.mark.parametrize("stop_after", [3, 37])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, stop_after: int) -> None:
+    through = Trainer(training_data(), CONFIG, threads=1)
+    run(through, CONFIG.steps)
+
+    first = Trainer(training_data(), CONFIG, threads=1)
+    assert not first.resume(tmp_path)
+    run(first, stop_after)
+    first.record()
+    first.save_checkpoint(tmp_path)
+    second = Trainer(training_data(), CONFIG, threads=1)
+    assert second.resume(tmp_path)
+    assert second.step_count == stop_after
+    assert second.log == first.log
+    run(second, CONFIG.steps - stop_after)
+    assert second.finished
+    expected, found = weights_of(through), weights_of(second)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(training_data(), CONFIG, threads=1)
+    trainer.step()
+    trainer.save_checkpoint(tmp_path)
+    with pytest.raises(StageError, match="config"):
+        Trainer(training_data(), CONFIG.model_copy(update={"steps": 41}), threads=1).resume(tmp_path)
+    with pytest.raises(StageError, match="clip"):
+        Trainer(part(training_data(), slice(0, 20)), CONFIG, threads=1).resume(tmp_path)
+    other = Trainer(training_data(), CONFIG, threads=1)
+    other.head = "flame 2023"
+    with pytest.raises(StageError, match=r"head anny .*, this run flame 2023"):
+        other.resume(tmp_path)
+    monkeypatch.setattr(training, "CHECKPOINT_SCHEMA", 99)
+    with pytest.raises(StageError, match="schema 1, this run 99"):
+        trainer.resume(tmp_path)
+    (tmp_path / CHECKPOINT).write_bytes(b"not a checkpoint")
+    with pytest.raises(StageError, match=r"cannot be read(.|\n)*delete"):
+        trainer.resume(tmp_path)
+
+
+def test_divergence_stops_with_its_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    trainer = Trainer(training_data(), CONFIG, threads=1)
+    run(trainer, 2)
+    trainer.save_checkpoint(tmp_path)
+    good = (tmp_path / CHECKPOINT).read_bytes()
+    with torch.no_grad():
+        trainer.avatar.get_parameter("colors")[0] = float("nan")
+    with pytest.raises(StageError, match="'colors' holds values that are not finite"):
+        trainer.save_checkpoint(tmp_path)
+    with pytest.raises(StageError, match=r"diverged at step 3: .*colors.* nan"):
+        trainer.step()
+    assert (tmp_path / CHECKPOINT).read_bytes() == good
+
+
+def test_frames_kept_back_are_not_trained_on_while_they_validate() -> None:
+    trainer = Trainer(training_data(48), CONFIG, threads=1)
+    order = [trainer._frame_at(step) for step in range(CONFIG.steps)]
+    validated = trainer._validated_steps
+    assert 0 < validated < CONFIG.steps
+    assert max(order[:validated]) < 46
+    assert max(trainer.monitored) < 46
+
+
+def test_cuda_is_not_pretended() -> None:
+    if torch.cuda.is_available():
+        assert resolve_device("auto").type == "cuda"
+    else:
+        assert resolve_device("auto").type == "cpu"
+        with pytest.raises(StageError, match="no CUDA device"):
+            resolve_device("cuda")

@@ -1,0 +1,113 @@
+"""The train stage: its files, its refusals, and that test frames never touch it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from avatar_data import write_subject
+
+from pipeline.avatars import load_avatar
+from pipeline.clip import split
+from pipeline.config import Config, EvaluateConfig, TrainConfig
+from pipeline.dataset import Subject
+from pipeline.errors import Interrupted, StageError
+from pipeline.progress import PlainReporter
+from pipeline.stage import StageRun
+from stages import train
+
+CONFIG = Config(
+    train=TrainConfig(gaussians=500, resolution=64, steps=30), evaluate=EvaluateConfig(min_holdout_frames=4)
+)
+
+
+def stage_run(subject: Subject, work: Path, **changes: object) -> StageRun:
+    """A run of the stage on the CPU, single-threaded."""
+    work.mkdir(exist_ok=True)
+    return dataclasses.replace(StageRun(subject, work, CONFIG, "cpu", 1), **changes)
+
+
+def poison(subject: Subject, frame: int) -> None:
+    """Make a frame's image, alpha and fit nonsense of the right form."""
+    noise = np.random.default_rng(frame).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    cv2.imwrite(str(subject.stage("decode") / f"frames/{frame:06d}.jpg"), noise)
+    cv2.imwrite(str(subject.stage("matte") / f"alpha/{frame:06d}.png"), noise[..., 0])
+    path = subject.stage("fit") / "fit.npz"
+    with np.load(path) as file:
+        fit = dict(file)
+    fit["expression"][frame] = 7
+    fit["Ts_cam_head"][frame, :3, 3] = (1, 2, 3)
+    fit["Ts_cam_torso"][frame, :3, 3] = (3, 2, 1)
+    np.savez(path, **fit)
+
+
+def test_test_frames_leave_the_weights_bit_identical(tmp_path: Path) -> None:
+    results = []
+    for name, poisoned in (("clean", False), ("poisoned", True)):
+        subject = write_subject(tmp_path / name)
+        training, test = split(24, CONFIG.evaluate.holdout, CONFIG.evaluate.min_holdout_frames)
+        assert test.tolist() == [20, 21, 22, 23]
+        if poisoned:
+            for frame in test:
+                poison(subject, frame)
+            (subject.stage("decode") / "frames/000022.jpg").unlink()
+        run = stage_run(subject, tmp_path / f"work-{name}")
+        result = train.run(run)
+        assert result.metrics["frames"] == len(training)
+        results.append((run.work / "avatar.safetensors").read_bytes())
+    assert results[0] == results[1]
+
+    poison(subject, 3)
+    run = stage_run(subject, tmp_path / "work-third")
+    train.run(run)
+    assert (run.work / "avatar.safetensors").read_bytes() != results[0]
+
+
+def test_a_run_leaves_what_the_layout_promises(tmp_path: Path) -> None:
+    run = stage_run(write_subject(tmp_path / "s", frames=48), tmp_path / "work")
+    result = train.run(run)
+    outputs = {path.name for path in run.work.iterdir() if path.name != "scratch"}
+    assert outputs == {"avatar.safetensors", "avatar.json", "log.json", "preview.jpg"}
+    log = json.loads((run.work / "log.json").read_text())
+    assert log[-1]["step"] == 30
+    assert log[-1]["psnr_train"] == result.metrics["psnr_train"] > 15
+    assert result.metrics["gaussians"] == load_avatar(run.work).count == 500
+    assert result.verdict.text.startswith(f"Training: {result.verdict.level}. 30 steps in ")
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "s")
+    whole = stage_run(subject, tmp_path / "whole")
+    train.run(whole)
+
+    checks = iter(range(1000))
+    stopped = stage_run(subject, tmp_path / "stopped", stop_requested=lambda: next(checks) >= 11)
+    with pytest.raises(Interrupted):
+        train.run(stopped)
+    assert (stopped.scratch / "checkpoint.safetensors").is_file()
+    assert not (stopped.work / "avatar.json").exists()
+    train.run(stage_run(subject, tmp_path / "stopped"))
+    for name in ("avatar.safetensors", "avatar.json", "log.json", "preview.jpg"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_few_frames_say_what_to_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = stage_run(write_subject(tmp_path / "s"), tmp_path / "work", reporter=PlainReporter())
+    result = train.run(run)
+    assert "Only 20 usable training frames" in capsys.readouterr().err
+    assert result.verdict.level != "good"
+    assert "Only 20 usable frames" in result.verdict.text
+
+
+def test_no_usable_frame_is_an_error(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "s")
+    path = subject.stage("fit") / "fit.npz"
+    with np.load(path) as file:
+        fit = dict(file)
+    np.savez(path, **{**fit, "usable": np.arange(24) >= 20})
+    with pytest.raises(StageError, match="None of the 20 training frames is usable"):
+        train.run(stage_run(subject, tmp_path / "work"))
