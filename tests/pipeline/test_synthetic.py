@@ -125,7 +125,7 @@ def test_frames_are_written_as_they_are(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def landmarker() -> Iterator[Any]:
     from pipeline.assets import asset_path
-    from tools.make_landmark_embedding import face_landmarker
+    from pipeline.landmark_embedding import face_landmarker
 
     try:
         model = asset_path("face_landmarker")
@@ -137,7 +137,7 @@ def landmarker() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("width", "height", "seed"), [(400, 300, 1), (288, 384, 2)])
 def test_mediapipe_finds_the_face_where_it_is(width: int, height: int, seed: int, landmarker: Any) -> None:
-    from tools.make_landmark_embedding import detect
+    from pipeline.landmark_embedding import detect
 
     clip = make_clip(8, width, height, seed)
     for image, truth in zip(clip.images, clip.landmarks, strict=True):
