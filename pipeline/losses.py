@@ -1,7 +1,7 @@
 """The photometric loss of 3D Gaussian splatting: L1 and structural similarity (SSIM), as torch and as a fused kernel.
 
-SSIM is that of Wang et al. 2004 with the window of the 3DGS code and gsplat: 11 x 11 Gaussian of sigma 1.5, zero padding
-to the image's own size, C1 = 0.01^2, C2 = 0.03^2, images in [0, 1].
+SSIM is that of Wang et al. 2004 with the window of the 3DGS code and gsplat: 11 x 11 Gaussian of sigma 1.5, zero
+padding to the image's own size, C1 = 0.01^2, C2 = 0.03^2, images in [0, 1].
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numba import njit
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pipeline.rasterize import team
 from pipeline.rasterize.simd import LANES, absolute, load, select, store
@@ -120,6 +121,7 @@ class _Photometric(torch.autograd.Function):
         return image.new_tensor((l1 * l1_sum + ssim * ssim_sum) / image.numel())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, v_loss: Tensor) -> tuple[Tensor | None, ...]:
         planes, moments = ctx.arrays
         v_image = v_loss.new_empty(ctx.shape)
@@ -135,7 +137,15 @@ _jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @_jit
-def _forward(sync, image, target, weights, planes, moments, sums):  # type: ignore[no-untyped-def]
+def _forward(
+    sync: np.ndarray,
+    image: np.ndarray,  # [H,W,C]
+    target: np.ndarray,  # [H,W,C]
+    weights: np.ndarray,  # [H,W], or empty for one everywhere
+    planes: np.ndarray,  # [3,H,R]
+    moments: np.ndarray,  # [3,H,R], or [0,H,R] where no gradient is wanted
+    sums: np.ndarray,  # [H,2]
+) -> None:
     """Sums of the weighted |d| and 1 - SSIM per row [H,2], and what the backward pass needs.
 
     A row is flat, channels interleaved, so that a step of one pixel is `channels` floats. `planes` [3,H,R] gets image,
@@ -226,7 +236,13 @@ def _forward(sync, image, target, weights, planes, moments, sums):  # type: igno
 
 
 @_jit
-def _backward(sync, planes, moments, factors, v_image):  # type: ignore[no-untyped-def]
+def _backward(
+    sync: np.ndarray,
+    planes: np.ndarray,  # [3,H,R]
+    moments: np.ndarray,  # [3,H,R]
+    factors: np.ndarray,  # [2]
+    v_image: np.ndarray,  # [H,W,C]
+) -> None:
     """Gradient by the image: `factors` are those of the sums of weighted |d| and SSIM.
 
     The window is symmetric, so the transpose of the blur is the blur:

@@ -96,9 +96,8 @@ def rasterize(
     if name not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected 'auto' or one of {sorted(BACKENDS)}")
     run = importlib.import_module(BACKENDS[name]).rasterize
-    like = {"device": means.device, "dtype": means.dtype}
     image, alpha, means2d, radii, depths = run(
-        means, quats, scales, opacities, colors, viewmat.to(**like), K.to(**like), width, height,
+        means, quats, scales, opacities, colors, viewmat.to(means), K.to(means), width, height,
         background=background, sh_degree=sh_degree, threads=threads,
     )  # fmt: skip
     return Render(image, alpha, means2d, radii, depths)
@@ -169,7 +168,7 @@ def _check(
         shapes["background"] = (channels,)
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
-            wanted = ", ".join(letter if size < 0 else str(size) for size, letter in zip(shape, "NC", strict=False))
+            wanted = ", ".join(str(size) if size >= 0 else "NC"[i] for i, size in enumerate(shape))
             raise ValueError(f"{name} has shape {list(tensors[name].shape)}; expected [{wanted}]")
     for name, value, size in (("viewmat", viewmat, 4), ("K", K, 3)):
         if tuple(value.shape) != (size, size):
@@ -184,6 +183,13 @@ def _check(
             raise TypeError(f"{name} is {number!r}; expected an integer")
         if number < 1:
             raise ValueError(f"{name} is {number}; expected at least 1")
+
+
+def check_camera(viewmat: Tensor, K: Tensor) -> None:
+    """Raise a ValueError on a camera that is not finite or whose focal lengths are not positive."""
+    check_finite(viewmat=viewmat, K=K)
+    if not (K[0, 0] > 0 and K[1, 1] > 0):
+        raise ValueError(f"K has focal lengths {K[0, 0].item()} and {K[1, 1].item()}; expected both above 0")
 
 
 def check_finite(**tensors: Tensor | None) -> None:

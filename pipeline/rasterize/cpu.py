@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from pipeline.rasterize import check_finite, kernels, team
+from pipeline.rasterize import check_camera, check_finite, kernels, team
 from pipeline.rasterize.reference import sh_to_colors
+from pipeline.rasterize.simd import LANES
 
 
 def rasterize(
@@ -42,7 +44,8 @@ def rasterize(
         raise TypeError(f"means is {means.dtype}; the cpu backend wants float32 (the reference backend takes any)")
     if means.device.type != "cpu":
         raise ValueError(f"means is on {means.device}; the cpu backend wants the CPU")
-    check_finite(viewmat=viewmat, K=K, background=background)
+    check_camera(viewmat, K)
+    check_finite(background=background)
     with torch.no_grad():
         log2_opacities = torch.log2(opacities)
     means2d, conics, depths, radii, extents, finite = _Project.apply(
@@ -108,7 +111,8 @@ class _Project(torch.autograd.Function):
         if n:
             team.run(
                 kernels.project_forward, threads, _flat(means), _flat(quats), _flat(scales), _flat(log2_opacities),
-                _flat(opacities), camera, _flat(means2d), _flat(conics), _flat(depths), _flat(radii), _flat(extents), flags,
+                _flat(opacities), camera, _flat(means2d), _flat(conics), _flat(depths), _flat(radii), _flat(extents),
+                flags,
             )  # fmt: skip
         ctx.save_for_backward(means, quats, scales, conics, radii)
         ctx.camera, ctx.threads = camera, threads
@@ -116,6 +120,7 @@ class _Project(torch.autograd.Function):
         return means2d, conics, depths, radii, extents, not flags[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, v_means2d: Tensor, v_conics: Tensor, v_depths: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         means, quats, scales, conics, radii = ctx.saved_tensors
         n = len(means)
@@ -199,24 +204,26 @@ class _Composite(torch.autograd.Function):
             _flat(background), bins.width, bins.height, bins.order, bins.boxes, bins.cursors.copy(), slot_starts,
             bins.offsets, bins.totals, rows, entry_rows, entry_slots, entry_masks, _flat(image), _flat(alpha),
         )  # fmt: skip
-        ctx.save_for_backward(conics, opacities, colors, image, alpha)
+        ctx.save_for_backward(conics, opacities, image, alpha)
         ctx.bins, ctx.threads = bins, threads
         ctx.entries = slot_starts, rows, entry_rows, entry_slots, entry_masks
         return image, alpha
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, v_image: Tensor, v_alpha: Tensor) -> tuple[Tensor | None, ...]:
-        conics, opacities, colors, image, alpha = ctx.saved_tensors
+        conics, opacities, image, alpha = ctx.saved_tensors
         bins: _Bins = ctx.bins
         slot_starts, rows, entry_rows, entry_slots, entry_masks = ctx.entries
         n = len(opacities)
         v_means2d, v_conics, v_opacities = conics.new_zeros(n, 2), conics.new_zeros(n, 3), conics.new_zeros(n)
         v_colors = conics.new_zeros(n, 3)
-        slots = np.empty(kernels.LANES * len(entry_rows), np.float32)
+        slots = np.empty(LANES * len(entry_rows), np.float32)
         team.run(
-            kernels.composite_backward, ctx.threads, _flat(conics), _flat(opacities), bins.width, bins.height, bins.order,
-            slot_starts, bins.offsets, bins.totals, rows, entry_rows, entry_slots, entry_masks, _flat(image), _flat(alpha),
-            _flat(v_image), _flat(v_alpha), slots, _flat(v_means2d), _flat(v_conics), _flat(v_opacities), _flat(v_colors),
+            kernels.composite_backward, ctx.threads, _flat(conics), _flat(opacities), bins.width, bins.height,
+            bins.order, slot_starts, bins.offsets, bins.totals, rows, entry_rows, entry_slots, entry_masks,
+            _flat(image), _flat(alpha), _flat(v_image), _flat(v_alpha), slots,
+            _flat(v_means2d), _flat(v_conics), _flat(v_opacities), _flat(v_colors),
         )  # fmt: skip
         v_background = None
         if ctx.needs_input_grad[4]:

@@ -1,8 +1,8 @@
 """The CPU backend's numba kernels: projection, binning, compositing, and their hand-written backward passes.
 
-Arrays are float32, contiguous and flat unless said otherwise. Every kernel is worked by a team (`pipeline.rasterize.team`):
-its first argument hands out the chunks. What each chunk writes is its own, and sums run in a fixed order, so results do
-not depend on the number of threads.
+Arrays are contiguous and float32 ones are passed flat, whatever shape stands beside them. Every kernel is worked by a
+team (`pipeline.rasterize.team`): its first argument hands out the chunks. What each chunk writes is its own, and sums
+run in a fixed order, so results do not depend on the number of threads.
 
 Layout of compositing: tiles of 16 x 16 pixels, each 16 blocks of 4 x 4 pixels, which are one vector of 16 lanes. A
 Gaussian that meets a tile is an *entry*; an exact test of its ellipse against the 16 blocks gives the *pairs* (entry,
@@ -42,6 +42,9 @@ from pipeline.rasterize.simd import (
 )
 from pipeline.rasterize.team import done, take, wait
 
+Floats = np.ndarray  # float32
+Ints = np.ndarray
+
 TILE = 16
 GAUSSIANS_PER_CHUNK = 512
 ENTRIES_PER_ROUND = 64
@@ -73,8 +76,20 @@ _jit = njit(nogil=True, cache=True, error_model="numpy")
 
 @_jit
 def project_forward(
-    sync, means, quats, scales, log2_opacities, opacities, camera, means2d, conics, depths, radii, extents, flags
-):
+    sync: Ints,
+    means: Floats,  # [N,3]
+    quats: Floats,  # [N,4]
+    scales: Floats,  # [N,3]
+    log2_opacities: Floats,  # [N]
+    opacities: Floats,  # [N]
+    camera: Floats,  # [CAMERA]
+    means2d: Floats,  # [N,2]
+    conics: Floats,  # [N,3]
+    depths: Floats,  # [N]
+    radii: Floats,  # [N]
+    extents: Floats,  # [N,2]
+    flags: Ints,  # [1]
+) -> None:
     """Projection of `reference.project`. `extents` [N,2] gets the exact box half-sizes, 0 where culled; `flags[0]`
     is raised where an input is not finite."""
     n = opacities.size
@@ -157,21 +172,21 @@ def project_forward(
 
 @_jit
 def project_backward(
-    sync,
-    means,
-    quats,
-    scales,
-    camera,
-    conics,
-    radii,
-    v_means2d,
-    v_conics,
-    v_depths,
-    v_means,
-    v_quats,
-    v_scales,
-    v_camera,
-):
+    sync: Ints,
+    means: Floats,  # [N,3]
+    quats: Floats,  # [N,4]
+    scales: Floats,  # [N,3]
+    camera: Floats,  # [CAMERA]
+    conics: Floats,  # [N,3]
+    radii: Floats,  # [N]
+    v_means2d: Floats,  # [N,2]
+    v_conics: Floats,  # [N,3]
+    v_depths: Floats,  # [N]
+    v_means: Floats,  # [N,3]
+    v_quats: Floats,  # [N,4]
+    v_scales: Floats,  # [N,3]
+    v_camera: Floats,  # [chunks,12]
+) -> None:
     """Gradients of `project_forward`. `v_camera` [chunks, 12] gets each chunk's share of the gradient of the camera's
     rotation and translation."""
     n = radii.size
@@ -298,7 +313,11 @@ def project_backward(
 
 
 @_jit
-def _sort_by_depth(depths, radii, order):
+def _sort_by_depth(
+    depths: Floats,  # [N]
+    radii: Floats,  # [N]
+    order: Ints,  # [N]
+) -> int:
     """Write the indices of the visible Gaussians to `order`, front to back, ties by index; how many there are.
 
     A stable radix sort on the bits of the depth, which is positive, so its bits sort like its value.
@@ -344,8 +363,20 @@ def _sort_by_depth(depths, radii, order):
 
 @_jit
 def bin_tiles(
-    sync, means2d, depths, radii, extents, width, height, order, boxes, cursors, slot_starts, offsets, totals
-):
+    sync: Ints,
+    means2d: Floats,  # [N,2]
+    depths: Floats,  # [N]
+    radii: Floats,  # [N]
+    extents: Floats,  # [N,2]
+    width: int,
+    height: int,
+    order: Ints,  # [N]
+    boxes: Ints,  # [N,4]
+    cursors: Ints,  # [PARTS,tiles]
+    slot_starts: Ints,  # [N+1]
+    offsets: Ints,  # [tiles+1]
+    totals: Ints,  # [3+PARTS]
+) -> None:
     """Count the entries of every tile.
 
     Writes the depth order [N] int32; per place in it the box of tiles [N,4] int32 (x0, y0, x1, y1, half open) and the
@@ -408,22 +439,22 @@ def bin_tiles(
 
 @_jit
 def _fill_entries(
-    sync,
-    phase,
-    means2d,
-    conics,
-    log2_opacities,
-    colors,
-    width,
-    order,
-    boxes,
-    cursors,
-    slot_starts,
-    totals,
-    rows,
-    entry_rows,
-    entry_slots,
-):
+    sync: Ints,
+    phase: int,
+    means2d: Floats,  # [N,2]
+    conics: Floats,  # [N,3]
+    log2_opacities: Floats,  # [N]
+    colors: Floats,  # [N,3]
+    width: int,
+    order: Ints,  # [N]
+    boxes: Ints,  # [N,4]
+    cursors: Ints,  # [PARTS,tiles]
+    slot_starts: Ints,  # [N+1]
+    totals: Ints,  # [3+PARTS]
+    rows: Floats,  # [visible,ROW]
+    entry_rows: Ints,  # [entries]
+    entry_slots: Ints,  # [entries]
+) -> None:
     """Pack the visible Gaussians in depth order and list the entries of every tile, front to back."""
     tiles_x = (width + TILE - 1) // TILE
     visible = totals[0]
@@ -465,27 +496,27 @@ def _fill_entries(
 
 @_jit
 def composite_forward(
-    sync,
-    means2d,
-    conics,
-    log2_opacities,
-    colors,
-    background,
-    width,
-    height,
-    order,
-    boxes,
-    cursors,
-    slot_starts,
-    offsets,
-    totals,
-    rows,
-    entry_rows,
-    entry_slots,
-    entry_masks,
-    image,
-    alpha,
-):
+    sync: Ints,
+    means2d: Floats,  # [N,2]
+    conics: Floats,  # [N,3]
+    log2_opacities: Floats,  # [N]
+    colors: Floats,  # [N,3]
+    background: Floats,  # [3]
+    width: int,
+    height: int,
+    order: Ints,  # [N]
+    boxes: Ints,  # [N,4]
+    cursors: Ints,  # [PARTS,tiles]
+    slot_starts: Ints,  # [N+1]
+    offsets: Ints,  # [tiles+1]
+    totals: Ints,  # [3+PARTS]
+    rows: Floats,  # [visible,ROW]
+    entry_rows: Ints,  # [entries]
+    entry_slots: Ints,  # [entries]
+    entry_masks: Ints,  # [entries]
+    image: Floats,  # [H,W,3]
+    alpha: Floats,  # [H,W]
+) -> None:
     """Image [H,W,3] and alpha [H,W] of the binned Gaussians; `entry_masks` keeps which blocks each entry meets."""
     _fill_entries(
         sync,
@@ -594,29 +625,29 @@ def composite_forward(
 
 @_jit
 def composite_backward(
-    sync,
-    conics,
-    opacities,
-    width,
-    height,
-    order,
-    slot_starts,
-    offsets,
-    totals,
-    rows,
-    entry_rows,
-    entry_slots,
-    entry_masks,
-    image,
-    alpha,
-    v_image,
-    v_alpha,
-    slots,
-    v_means2d,
-    v_conics,
-    v_opacities,
-    v_colors,
-):
+    sync: Ints,
+    conics: Floats,  # [N,3]
+    opacities: Floats,  # [N]
+    width: int,
+    height: int,
+    order: Ints,  # [N]
+    slot_starts: Ints,  # [N+1]
+    offsets: Ints,  # [tiles+1]
+    totals: Ints,  # [3+PARTS]
+    rows: Floats,  # [visible,ROW]
+    entry_rows: Ints,  # [entries]
+    entry_slots: Ints,  # [entries]
+    entry_masks: Ints,  # [entries]
+    image: Floats,  # [H,W,3]
+    alpha: Floats,  # [H,W]
+    v_image: Floats,  # [H,W,3]
+    v_alpha: Floats,  # [H,W]
+    slots: Floats,  # [entries,16]
+    v_means2d: Floats,  # [N,2]
+    v_conics: Floats,  # [N,3]
+    v_opacities: Floats,  # [N]
+    v_colors: Floats,  # [N,3]
+) -> None:
     """Gradients of `composite_forward` for the Gaussians. `slots` [entries, 16] holds each entry's share; outputs must
     start as zeros."""
     tiles_x, tiles_y = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.rasterize import check_finite
+from pipeline.rasterize import check_camera, check_finite
 
 EPS_2D = 0.3
 """Variance in px^2 added to both axes of every projected covariance."""
@@ -57,7 +57,8 @@ def project(
     """Project 3D Gaussians to the image by EWA splatting (Zwicker et al. 2001).
 
     Returns means2d [N,2] in pixels, conics [N,3] (inverse 2D covariance: xx, xy, yy; px^-2), depths [N] and radii [N]
-    int32 in pixels, 0 for a Gaussian that cannot reach the image. Values of culled Gaussians are meaningless but finite.
+    int32 in pixels, 0 for a Gaussian that cannot reach the image. Other values of culled Gaussians mean nothing, but
+    are finite.
     """
     R, t = viewmat[:3, :3], viewmat[:3, 3]
     points = means @ R.T + t
@@ -207,10 +208,8 @@ def rasterize(
 
     `threads` is left to torch's own setting.
     """
-    check_finite(
-        means=means, quats=quats, scales=scales, opacities=opacities, colors=colors,
-        viewmat=viewmat, K=K, background=background,
-    )  # fmt: skip
+    check_camera(viewmat, K)
+    check_finite(means=means, quats=quats, scales=scales, opacities=opacities, colors=colors, background=background)
     means2d, conics, depths, radii = project(means, quats, scales, opacities, viewmat, K, width, height)
     if sh_degree is not None:
         colors = sh_to_colors(sh_degree, means, colors, viewmat)
