@@ -180,6 +180,11 @@ def ranges_text(flags: NDArray[np.bool_]) -> str:
     return ("frame " if len(numbers) == 1 else "frames ") + ", ".join(parts)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 frame`, `2 frames`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _read(path: Path, mode: int) -> NDArray[np.uint8]:
     import cv2
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.config import DecodeConfig
 from pipeline.dataset import write_json
 from pipeline.errors import UserError
-from pipeline.frames import SCHEMA, contact_sheet, evenly, frame_file, save_image
+from pipeline.frames import SCHEMA, contact_sheet, counted, evenly, frame_file, save_image
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def decode(run: StageRun) -> Result:
     if len(survey.times) < information.frames:
         warnings.append(f"The header counts {information.frames} frames, {len(survey.times)} decode.")
     if len(shots) > 1:
-        warnings.append(f"The span asked for holds {len(shots) - 1} cuts.")
+        warnings.append(f"The span asked for holds {counted(len(shots) - 1, 'cut')}.")
     width, height = entries[0]["size"]
     record = {
         "schema": SCHEMA,
@@ -95,6 +96,9 @@ def decode(run: StageRun) -> Result:
         "source_size": [information.width, information.height],
         "span": [int(kept[0]), int(kept[-1])],
         "shots": [list(shot) for shot in shot_ranges(survey)],
+        "shot_seconds": [
+            [_cents(survey.times[first]), _cents(survey.times[last])] for first, last in shot_ranges(survey)
+        ],
         "repeated": repeated,
         "black": int(survey.black.sum()),
         "warnings": warnings,
@@ -344,6 +348,11 @@ def _write_contact_sheet(work: Path, entries: list[dict[str, Any]]) -> None:
     save_image(work / "contact.jpg", contact_sheet(images, [f"{e['index']}  {e['time']:.2f} s" for e in shown]), 90)
 
 
+def _cents(seconds: float) -> float:
+    """Seconds with two decimals, rounded up, so that a span ending here holds the frame."""
+    return math.ceil(round(seconds * 100, 4)) / 100
+
+
 def _verdict(record: dict[str, Any], survey: Survey, promised: int) -> Verdict:
     count, total = record["count"], len(survey.times)
     level: Level = "good"
@@ -362,7 +371,7 @@ def _verdict(record: dict[str, Any], survey: Survey, promised: int) -> Verdict:
     parts.append("one shot" if shots == 1 else f"{shots} shots, frames {record['span'][0]}-{record['span'][1]} taken")
     for name in ("repeated", "black"):
         if record[name]:
-            parts.append(f"{record[name]} {name} frames left out")
+            parts.append(f"{counted(record[name], f'{name} frame')} left out")
     if any(record["bars"]):
         parts.append("black bars cut")
     text = f"Decoding: {level}. {', '.join(parts)}"
