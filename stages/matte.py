@@ -91,7 +91,7 @@ def run(run: StageRun) -> Result:
 
 
 class Network:
-    """The matting network over the clip's frames; every answer is kept as a file, which is what a killed run resumes."""
+    """The matting network over the clip's frames; every answer is kept as a file, so that a killed run resumes."""
 
     def __init__(self, run: StageRun, frames: FrameSet) -> None:
         self._run, self._frames = run, frames
@@ -158,7 +158,7 @@ class Jitter:
     """
 
     def __init__(self) -> None:
-        self._last: list[NDArray[np.float32]] = []
+        self._last: list[NDArray[Any]] = []
         self._values: list[float] = []
 
     def add(self, alpha: Image | None) -> None:
