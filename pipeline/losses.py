@@ -22,6 +22,9 @@ from pipeline.rasterize.team import done, take, wait
 RADIUS = 5
 C1, C2 = 0.01**2, 0.03**2
 
+INLINED_SOURCES = "f69c1d1b3e7ec502"
+"""As in `pipeline.rasterize.kernels`."""
+
 _taps = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / 1.5) ** 2)
 TAPS = (_taps / _taps.sum()).astype(np.float32)
 """The window's 11 weights along one axis."""

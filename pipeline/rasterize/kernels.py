@@ -45,6 +45,10 @@ from pipeline.rasterize.team import done, take, wait
 Floats = np.ndarray  # float32
 Ints = np.ndarray
 
+INLINED_SOURCES = "f69c1d1b3e7ec502"
+"""Digest of the files whose code is compiled into these kernels. Numba renews a cached kernel only when this file
+changes; a test keeps the digest, and so this file, in step with them."""
+
 TILE = 16
 GAUSSIANS_PER_CHUNK = 512
 ENTRIES_PER_ROUND = 64

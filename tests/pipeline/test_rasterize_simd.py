@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numba import njit
 
-from pipeline.rasterize import simd
+from pipeline import losses
+from pipeline.rasterize import kernels, reference, simd, team
+
+
+def test_cached_kernels_know_what_they_were_compiled_with() -> None:
+    digest = hashlib.sha256()
+    for module in (simd, team, reference):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    expected = digest.hexdigest()[:16]
+    for module in (kernels, losses):
+        assert expected == module.INLINED_SOURCES, f"set INLINED_SOURCES of {module.__name__} to {expected}"
+
 
 vectors = hnp.arrays(np.float32, 16, elements=st.floats(-100, 100, width=32))
 
