@@ -7,6 +7,7 @@ index that pip is set up with. It lands in a cache folder, where it can also be 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -282,45 +283,47 @@ def ensure_assets(names: Iterable[str], reporter: Reporter | None = None) -> Non
         asset_path(name, reporter=reporter)
 
 
-def rembg_model_file(model: str) -> Path | None:
-    """The file of a rembg model other than u2netp in the cache folder or rembg's own; None where it is not there.
-
-    Raises:
-        UserError: rembg knows no such model, or it would send the images to a service.
-    """
-    session = _rembg_session_class(model)
-    found = session.resolve_existing(f"{model}.onnx")
-    return Path(found) if found else None
+@contextlib.contextmanager
+def rembg_home() -> Iterator[None]:
+    """Let rembg look for its models in our cache folder meanwhile, unless the user chose a folder for it."""
+    if os.environ.get("U2NET_HOME"):
+        yield
+        return
+    os.environ["U2NET_HOME"] = str(cache_folder())
+    try:
+        yield
+    finally:
+        del os.environ["U2NET_HOME"]
 
 
 def fetch_rembg_model(model: str, *, reporter: Reporter | None = None) -> Path:
-    """Have rembg fetch one of its models from its publisher, unless it is there.
+    """The file of a rembg model other than u2netp; rembg fetches it from its publisher unless it is there.
 
     Raises:
         UserError: rembg knows no such model, or it would send the images to a service.
         StageError: the download fails.
     """
-    found = rembg_model_file(model)
-    if found is not None:
-        return found
-    session = _rembg_session_class(model)
-    say = reporter.message if reporter else log.warning
-    say(
-        f"Fetching the matting model {model} from its publisher (rembg's releases at github.com/danielgatis/rembg) to "
-        f"{session.model_dir()}; look up its licence before you use it, some are for non-commercial use only"
-    )
-    try:
-        return Path(session.download_models())
-    except Exception as error:  # rembg passes on whatever its download library meets
-        raise StageError(
-            f"The matting model '{model}' could not be fetched: {type(error).__name__}: {error}.",
-            f"put it by hand at '{session.model_dir()}/{model}.onnx', or use --set matte.model={U2NETP}",
-        ) from error
+    with rembg_home():
+        session = _rembg_session_class(model)
+        found = session.resolve_existing(f"{model}.onnx")
+        if found:
+            return Path(found)
+        say = reporter.message if reporter else log.warning
+        say(
+            f"Fetching the matting model {model} with rembg from its publisher (github.com/danielgatis/rembg, releases) "
+            f"to {session.model_dir()}; its licence is its own, some are for non-commercial use only"
+        )
+        try:
+            return Path(session.download_models())
+        except Exception as error:  # rembg passes on whatever its download library meets
+            raise StageError(
+                f"The matting model '{model}' could not be fetched: {type(error).__name__}: {error}.",
+                f"put it by hand at '{session.model_dir()}/{model}.onnx', or use --set matte.model={U2NETP}",
+            ) from error
 
 
-def _rembg_session_class(model: str):  # type: ignore[no-untyped-def]  # rembg has no types
-    """The rembg class of a model, with rembg's folder set to our cache unless the user chose another."""
-    os.environ.setdefault("U2NET_HOME", str(cache_folder()))
+def _rembg_session_class(model: str) -> Any:
+    """The rembg class of a model that runs on this machine."""
     from rembg.sessions import sessions
 
     local = {name: session for name, session in sessions.items() if session.is_local()}

