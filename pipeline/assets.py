@@ -310,7 +310,7 @@ def fetch_rembg_model(model: str, *, reporter: Reporter | None = None) -> Path:
             return Path(found)
         say = reporter.message if reporter else log.warning
         say(
-            f"Fetching the matting model {model} with rembg from its publisher (github.com/danielgatis/rembg, releases) "
+            f"Fetching the matting model {model} with rembg from its publisher (rembg releases on github.com) "
             f"to {session.model_dir()}; its licence is its own, some are for non-commercial use only"
         )
         try:
