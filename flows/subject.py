@@ -15,9 +15,9 @@ quiet_prefect()
 from prefect import flow, task  # noqa: E402  the environment must be set first
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
-from prefect.states import Completed, State  # noqa: E402
+from prefect.states import Completed  # noqa: E402
 
-from pipeline.assets import ensure_assets  # noqa: E402
+from pipeline.assets import U2NETP, ensure_assets, fetch_rembg_model  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
 from pipeline.report import build_report  # noqa: E402
 from pipeline.run import RunRequest, hold, open_subject, prepare, stop_signals  # noqa: E402
@@ -40,7 +40,7 @@ def subject_flow(request: RunRequest) -> list[str]:
     reporter = default_reporter()
     subject, config, wanted = prepare(request, STAGES)
 
-    def bring_up_to_date(stage_name: str) -> dict[str, Any] | State[dict[str, Any]]:
+    def bring_up_to_date(stage_name: str) -> Any:
         until = next(number for number, stage in enumerate(STAGES, 1) if stage.name == stage_name)
         state = inspect_stages(subject, STAGES[:until], config)[-1]
         force = request.first == stage_name
@@ -63,6 +63,8 @@ def subject_flow(request: RunRequest) -> list[str]:
     with hold(subject):
         open_subject(request, subject, config)
         ensure_assets({name for stage in wanted for name in stage.assets}, reporter)
+        if config.matte.model != U2NETP:
+            fetch_rembg_model(config.matte.model, reporter=reporter)
         try:
             for number, stage in enumerate(wanted, 1):
                 label = f"[{number}/{len(wanted)}] {stage.name}"

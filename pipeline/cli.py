@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments in (["--version"], ["version"]):
         sys.stdout.write(f"headcast {__version__}\n")
         return
-    commands = {
+    commands: dict[str, Callable[..., Any]] = {
         "run": Run,
         "status": Status,
         "rerun": Rerun,
@@ -296,16 +296,14 @@ def _status_lines(document: dict[str, Any]) -> str:
 
 
 def _doctor(command: Doctor) -> tuple[dict[str, Any], str, int]:
-    from pipeline.doctor import examine
+    from pipeline.doctor import LEVELS, examine, worst
+    from stages import STAGES
 
-    findings = examine(command.data, command.video)
-    level = max((finding.level for finding in findings), key=("fine", "degraded", "blocked").index)
-    lines = [
-        f"{finding.level:<9}{finding.what}" + (f"\n         -> {finding.fix}" if finding.fix else "")
-        for finding in findings
-    ]
+    findings = examine(command.data, {name for stage in STAGES for name in stage.assets}, command.video)
+    lines = [f"{f.level:<9}{f.what}" + (f"\n         -> {f.fix}" if f.fix else "") for f in findings]
+    level = worst(findings)
     document = {"schema": 1, "level": level, "findings": [vars(finding) for finding in findings]}
-    return document, "\n".join([*lines, f"headcast is {level} here."]), ("fine", "degraded", "blocked").index(level)
+    return document, "\n".join([*lines, f"headcast is {level} here."]), LEVELS.index(level)
 
 
 def _assets(command: Assets) -> tuple[dict[str, Any], str, int]:
@@ -324,10 +322,10 @@ def _assets(command: Assets) -> tuple[dict[str, Any], str, int]:
 
 
 def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
-    from pipeline.bench_raster import as_table, bench_raster
+    from pipeline.bench_raster import bench, table
 
-    document = bench_raster()
-    return document, as_table(document), 0
+    document = bench()
+    return document, table(document), 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,13 +32,13 @@ class Finding:
     fix: str = ""
 
 
-def examine(data: Path, video: Path | None = None) -> list[Finding]:
-    """Look at the machine, the installation, the assets, the data folder, and a video if one is named."""
+def examine(data: Path, needed: Collection[str], video: Path | None = None) -> list[Finding]:
+    """Look at the machine, the installation, the `needed` assets, the data folder, and a video if one is named."""
     findings = [
         *_packages(),
         *_system_libraries(),
         *_machine(),
-        *_assets(),
+        *_assets(needed),
         _head_model(),
         _rasteriser(),
         _data_folder(data),
@@ -93,11 +93,9 @@ def _machine() -> Iterator[Finding]:
         yield Finding("fine", "no CUDA device: training runs on the CPU, which presets quick and standard are made for")
 
 
-def _assets() -> Iterator[Finding]:
+def _assets(needed: Collection[str]) -> Iterator[Finding]:
     from pipeline.assets import list_assets
-    from stages import STAGES
 
-    needed = {name for stage in STAGES for name in stage.assets}
     for asset in list_assets():
         if asset["name"] not in needed:
             continue

@@ -271,7 +271,12 @@ def run_stage(
     assert state.key is not None
     work = work_folder(subject, stage, state.key)
     finished = read_manifest(work)
-    if not force and finished is not None and finished.get("key") == state.key and damaged_output(work, finished) is None:
+    if (
+        not force
+        and finished is not None
+        and finished.get("key") == state.key
+        and damaged_output(work, finished) is None
+    ):
         publish(subject, stage, work)
         return finished
     resumed = work.is_dir()

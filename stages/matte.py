@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.assets import U2NETP, asset_path, rembg_model_file
+from pipeline.assets import U2NETP, asset_path, fetch_rembg_model, rembg_home
 from pipeline.dataset import write_json
 from pipeline.errors import StageError
 from pipeline.frames import FrameSet, alpha_file, contact_sheet, evenly, ranges_text, save_image
@@ -130,25 +130,24 @@ class Network:
 
 
 def open_session(model: str, threads: int) -> Any:
-    """A rembg session on the CPU, its model file verified or at least there: nothing is fetched here.
+    """A rembg session on the CPU. The model's file is verified, or was fetched before any stage worked.
 
     Raises:
         UserError: rembg knows no such model, or u2netp's file has wrong bytes.
         StageError: the model's file is not on this machine.
     """
-    import os
-
-    file = asset_path(U2NETP, fetch=False) if model == U2NETP else rembg_model_file(model)
-    if file is None:
-        raise StageError(f"The matting model '{model}' is not on this machine.", "headcast run fetches it at its start")
-    os.environ["U2NET_HOME"] = str(file.parent)
+    if model == U2NETP:
+        asset_path(U2NETP, fetch=False)
+    else:
+        fetch_rembg_model(model)
     import onnxruntime
     import rembg
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return rembg.new_session(model, sess_opts=options, providers=["CPUExecutionProvider"])
+    with rembg_home():
+        return rembg.new_session(model, sess_opts=options, providers=["CPUExecutionProvider"])
 
 
 class Jitter:
