@@ -99,12 +99,15 @@ def regional_psnr(truth: Picture, picture: Picture, head: NDArray[np.bool_]) -> 
     }
 
 
-def score(truth: Picture, picture: Picture, head: NDArray[np.bool_], lpips: Measure | None) -> dict[str, float | None]:
+def score(
+    truth: Picture, picture: Picture, head: NDArray[np.bool_], flip: NDArray[np.floating[Any]], lpips: Measure | None
+) -> dict[str, float | None]:
     """Every figure of one frame; None where one cannot be had.
 
     Args:
         truth, picture: the frame and its render.
         head: [R,R] the head's pixels.
+        flip: [R,R] their `metrics.flip_map`.
         lpips: the distance, where its weights are there.
     """
     side = min(truth.image.shape[:2])
@@ -115,7 +118,7 @@ def score(truth: Picture, picture: Picture, head: NDArray[np.bool_], lpips: Meas
         "ssim": metrics.ssim(truth.image, picture.image),
         "ms_ssim": metrics.ms_ssim(truth.image, picture.image) if side >= metrics.MS_SSIM_MIN_SIDE else None,
         "l1": metrics.l1(truth.image, picture.image),
-        "flip": float(metrics.flip_map(truth.image, picture.image).mean()),
+        "flip": float(flip.mean()),
         "lpips": lpips(truth.image, picture.image) if lpips else None,
         "squared_error": float(error.sum()),
         "squared_error_partial_alpha": float(error[partial].sum()),

@@ -39,6 +39,8 @@ class Measured(NamedTuple):
     """[R,R,3] the render."""
     head: NDArray[np.bool_]
     """[R,R] the head's pixels."""
+    flip: NDArray[np.floating[Any]]
+    """[R,R] FLIP's error."""
 
 
 def run(run: StageRun) -> Result:
@@ -135,15 +137,18 @@ def _measure_frames(
     from pipeline.clip import load_crops
     from pipeline.evaluation import Picture, head_regions, score
     from pipeline.heads import load_head
+    from pipeline.metrics import flip_map
 
     missing = [int(frame) for frame in frames if not _scratch(run, int(frame)).is_file()]
     regions = head_regions(clip, load_head(clip.head), missing)
     with run.reporter.task("evaluate", len(frames), "frames", len(frames) - len(missing)) as task:
         for frame, head in zip(missing, regions, strict=True):
             run.check_stop()
-            picture = renderer.render(frame)
-            figures = score(Picture.of(load_crops(clip, [frame]), 0), picture, head, lpips)
-            _store(run, frame, Measured(figures, (picture.image * 255 + 0.5).astype(np.uint8), head))
+            truth, picture = Picture.of(load_crops(clip, [frame]), 0), renderer.render(frame)
+            flip = flip_map(truth.image, picture.image)
+            figures = score(truth, picture, head, flip, lpips)
+            image = (picture.image * 255 + 0.5).astype(np.uint8)
+            _store(run, frame, Measured(figures, image, head, flip.astype(np.float16)))
             task.advance(note=f"PSNR {figures['psnr']:.1f} dB")
 
 
@@ -226,7 +231,6 @@ def _draw(run: StageRun, clip: Clip, test: Span, result: dict[str, Any], log: li
     from pipeline.clip import load_crops
     from pipeline.evaluation_figures import side_by_side, write_curves, write_sheet
     from pipeline.frames import evenly
-    from pipeline.metrics import flip_map
     from pipeline.video import write_video
 
     figures = result["per_frame"]
@@ -234,9 +238,9 @@ def _draw(run: StageRun, clip: Clip, test: Span, result: dict[str, Any], log: li
 
     def compare(frame: int, note: str = "") -> NDArray[np.uint8]:
         run.check_stop()
-        truth, image = load_crops(clip, [frame]).images[0], _load(run, frame).image
-        flip = flip_map(truth.astype(np.float32) / 255, image.astype(np.float32) / 255)
-        return side_by_side(truth, image, flip, f"frame {frame}{note}", f"render, {scores[frame]:.1f} dB")
+        truth, measured = load_crops(clip, [frame]).images[0], _load(run, frame)
+        titles = f"frame {frame}{note}", f"render, {scores[frame]:.1f} dB"
+        return side_by_side(truth, measured.image, measured.flip, *titles)
 
     def all_frames() -> Iterator[NDArray[np.uint8]]:
         with run.reporter.task("comparison", len(scores), "frames") as task:
@@ -264,7 +268,8 @@ def _store(run: StageRun, frame: int, measured: Measured) -> None:
     path = _scratch(run, frame)
     temporary = path.with_name(f".{path.name}")
     arrays: dict[str, Any] = {name: np.nan if value is None else value for name, value in measured.figures.items()}
-    np.savez(temporary, image=measured.image, head=measured.head, **arrays)
+    arrays |= {"image": measured.image, "head": measured.head, "flip_map": measured.flip}
+    np.savez(temporary, **arrays)
     temporary.replace(path)
 
 
@@ -273,9 +278,8 @@ def _load(run: StageRun, frame: int) -> Measured:
 
     with np.load(_scratch(run, frame), allow_pickle=False) as file:
         figures = {name: float(file[name]) for name in file.files if file[name].ndim == 0}
-        return Measured(
-            {name: None if np.isnan(value) else value for name, value in figures.items()}, file["image"], file["head"]
-        )
+        known = {name: None if np.isnan(value) else value for name, value in figures.items()}
+        return Measured(known, file["image"], file["head"], file["flip_map"])
 
 
 def _mean(rows: Sequence[Mapping[str, float | None]], name: str) -> float | None:

@@ -85,7 +85,8 @@ def test_a_perfect_render_scores_perfectly() -> None:
     alpha = np.zeros((32, 32), np.float32)
     alpha[8:24, 8:24], alpha[8, 8:24] = 1, 0.5
     truth = Picture(rng.random((32, 32, 3)).astype(np.float32), alpha)
-    figures = score(truth, truth, alpha > 0.5, lambda a, b: float(np.abs(a - b).mean()))
+    flip = np.zeros((32, 32))
+    figures = score(truth, truth, alpha > 0.5, flip, lambda a, b: float(np.abs(a - b).mean()))
     assert figures["psnr"] == figures["psnr_subject"] == figures["psnr_head"] == metrics.PSNR_CAP_DB
     assert figures["ssim"] == pytest.approx(1)
     assert figures["l1"] == figures["flip"] == figures["lpips"] == figures["squared_error"] == 0
@@ -100,13 +101,13 @@ def test_regions_see_their_own_errors_only() -> None:
     wrong[8] += 0.2  # half of this row is of partial alpha, the rest of it is background
     head = np.zeros((32, 32), bool)
     head[12:20, 12:20] = True
-    figures = score(truth, Picture(wrong, alpha), head, None)
-    assert figures["psnr_head"] == metrics.PSNR_CAP_DB
+    figures = score(truth, Picture(wrong, alpha), head, np.full((32, 32), 0.25), None)
+    assert (figures["flip"], figures["psnr_head"]) == (0.25, metrics.PSNR_CAP_DB)
     assert figures["psnr"] == pytest.approx(-10 * np.log10(0.04 / 32), abs=1e-4)
     assert figures["psnr_subject"] == pytest.approx(-10 * np.log10(0.04 / 16), abs=1e-4)
     assert figures["squared_error_partial_alpha"] == pytest.approx(0.5 * figures["squared_error"])
     nobody = Picture(truth.image, np.zeros((32, 32), np.float32))
-    assert score(nobody, nobody, np.zeros((32, 32), bool), None)["psnr_subject"] is None
+    assert score(nobody, nobody, np.zeros((32, 32), bool), np.zeros((32, 32)), None)["psnr_subject"] is None
 
 
 @pytest.mark.parametrize(
