@@ -6,6 +6,7 @@ ends as `Cached` without working, so results can never drift apart from the file
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from flows.environment import quiet_prefect
@@ -68,14 +69,15 @@ def subject_flow(request: RunRequest) -> list[str]:
         try:
             for number, stage in enumerate(wanted, 1):
                 label = f"[{number}/{len(wanted)}] {stage.name}"
-                outcome = task(bring_up_to_date, name=stage.name, cache_policy=NO_CACHE, persist_result=False)(
-                    stage.name
-                )
+                outcome = task(name=stage.name, cache_policy=NO_CACHE)(bring_up_to_date)(stage.name)
                 if isinstance(outcome, dict):
                     worked.append(stage.name)
                     reporter.message(f"{label}: {outcome['seconds']:.1f} s. {outcome['verdict']['text']}")
                 else:
                     reporter.message(f"{label}: fresh, left as it is")
-        finally:
-            build_report(subject, STAGES, config)
+        except BaseException:
+            with contextlib.suppress(OSError):  # a full disk must not hide the stage's own error
+                build_report(subject, STAGES, config)
+            raise
+        build_report(subject, STAGES, config)
     return worked
