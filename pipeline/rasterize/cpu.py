@@ -83,6 +83,11 @@ def _flat(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().view(-1).numpy()
 
 
+def _empty(size: int) -> np.ndarray:
+    """An uninitialised float32 array; torch's begin with a cache line, numpy's do not."""
+    return torch.empty(size, dtype=torch.float32).numpy()
+
+
 class _Project(torch.autograd.Function):
     """means2d, conics, depths (differentiable) and radii, extents, all-finite (not) of 3D Gaussians."""
 
@@ -194,7 +199,7 @@ class _Composite(torch.autograd.Function):
         threads: int | None,
     ) -> tuple[Tensor, Tensor]:
         visible, entries = int(bins.totals[0]), int(bins.totals[1])
-        rows = np.empty(kernels.ROW * visible, np.float32)
+        rows = _empty(kernels.ROW * visible)
         entry_rows, entry_slots = np.empty(entries, np.int32), np.empty(entries, np.int32)
         entry_masks = np.empty(entries, np.uint16)
         slot_starts = bins.slot_starts.copy()
@@ -218,7 +223,7 @@ class _Composite(torch.autograd.Function):
         n = len(opacities)
         v_means2d, v_conics, v_opacities = conics.new_zeros(n, 2), conics.new_zeros(n, 3), conics.new_zeros(n)
         v_colors = conics.new_zeros(n, 3)
-        slots = np.empty(LANES * len(entry_rows), np.float32)
+        slots = _empty(LANES * len(entry_rows))
         team.run(
             kernels.composite_backward, ctx.threads, _flat(conics), _flat(opacities), bins.width, bins.height,
             bins.order, slot_starts, bins.offsets, bins.totals, rows, entry_rows, entry_slots, entry_masks,

@@ -30,6 +30,8 @@ from pipeline.rasterize.simd import (
     gather,
     lane_index,
     load,
+    load_block,
+    load_rgb_block,
     lowest_bit,
     maximum,
     minimum,
@@ -38,6 +40,8 @@ from pipeline.rasterize.simd import (
     select,
     sqrt,
     store,
+    store_block,
+    store_rgb_block,
     sums,
 )
 from pipeline.rasterize.team import done, take, wait
@@ -45,11 +49,12 @@ from pipeline.rasterize.team import done, take, wait
 Floats = np.ndarray  # float32
 Ints = np.ndarray
 
-INLINED_SOURCES = "f69c1d1b3e7ec502"
+INLINED_SOURCES = "f807d09814611e3a"
 """Digest of the files whose code is compiled into these kernels. Numba renews a cached kernel only when this file
 changes; a test keeps the digest, and so this file, in step with them."""
 
-TILE = 16
+TILE_BITS = 4
+TILE = 1 << TILE_BITS
 GAUSSIANS_PER_CHUNK = 512
 ENTRIES_PER_ROUND = 64
 """Entries culled before they are composited; after each round finished blocks drop out."""
@@ -76,6 +81,14 @@ _FOV_MARGIN = _f(0.15)
 _TINY = _f(1e-12)
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_jit
+def _scratch(size: int) -> Floats:
+    """An uninitialised array that begins with a cache line: vectors across two lines take twice the time."""
+    buffer = np.empty(size + LANES, np.float32)
+    skip = -(buffer.ctypes.data >> 2) & (LANES - 1)
+    return buffer[skip : skip + size]
 
 
 @_jit
@@ -402,19 +415,22 @@ def bin_tiles(
         counts[:] = 0
         slots = 0
         for i in range(visible * part // PARTS, visible * (part + 1) // PARTS):
-            g = order[i]
-            u, v, ex, ey = means2d[2 * g], means2d[2 * g + 1], extents[2 * g], extents[2 * g + 1]
+            g = at(order, i)
+            u, v, ex, ey = at(means2d, 2 * g), at(means2d, 2 * g + 1), at(extents, 2 * g), at(extents, 2 * g + 1)
             # Pixels whose centre lies in the box; a little slack for rounding, clamped before it becomes an integer.
-            x0 = int(max(_ZERO, np.ceil(u - ex - _f(0.51)))) // TILE
-            y0 = int(max(_ZERO, np.ceil(v - ey - _f(0.51)))) // TILE
-            x1 = min(int(min(_f(width), max(_f(-1.0), np.floor(u + ex - _f(0.49))))) // TILE + 1, tiles_x)
-            y1 = min(int(min(_f(height), max(_f(-1.0), np.floor(v + ey - _f(0.49))))) // TILE + 1, tiles_y)
-            boxes[4 * i], boxes[4 * i + 1], boxes[4 * i + 2], boxes[4 * i + 3] = x0, y0, x1, y1
+            x0 = int(max(_ZERO, np.ceil(u - ex - _f(0.51)))) >> TILE_BITS
+            y0 = int(max(_ZERO, np.ceil(v - ey - _f(0.51)))) >> TILE_BITS
+            x1 = (int(max(-_ONE, min(_f(width - 1), np.floor(u + ex - _f(0.49))))) >> TILE_BITS) + 1
+            y1 = (int(max(-_ONE, min(_f(height - 1), np.floor(v + ey - _f(0.49))))) >> TILE_BITS) + 1
+            put(boxes, 4 * i, np.int32(x0))
+            put(boxes, 4 * i + 1, np.int32(y0))
+            put(boxes, 4 * i + 2, np.int32(x1))
+            put(boxes, 4 * i + 3, np.int32(y1))
+            put(slot_starts, i, slots)  # within the part for now
             for ty in range(y0, y1):
-                for tx in range(x0, x1):
-                    counts[ty * tiles_x + tx] += 1
-            slot_starts[i] = slots  # within the part for now
-            slots += max(0, x1 - x0) * max(0, y1 - y0)
+                for tile in range(ty * tiles_x + x0, ty * tiles_x + x1):
+                    put(counts, tile, at(counts, tile) + 1)
+                    slots += 1
         totals[3 + part] = slots
         done(sync, 1)
     wait(sync, 1, PARTS)
@@ -469,7 +485,7 @@ def _fill_entries(
         cursor = cursors[part]
         base = totals[3 + part]
         for i in range(visible * part // PARTS, visible * (part + 1) // PARTS):
-            g = order[i]
+            g = at(order, i)
             a, b, c = at(conics, 3 * g), at(conics, 3 * g + 1), at(conics, 3 * g + 2)
             r = ROW * i
             put(rows, r, at(means2d, 2 * g))
@@ -484,15 +500,15 @@ def _fill_entries(
             put(rows, r + 9, -b / c)
             put(rows, r + 10, -b / a)
             put(rows, r + 11, at(log2_opacities, g) - _LOG2_ALPHA_MIN + _CULL_SLACK)
-            slot = base + slot_starts[i]
-            slot_starts[i] = slot
-            for ty in range(boxes[4 * i + 1], boxes[4 * i + 3]):
-                for tx in range(boxes[4 * i], boxes[4 * i + 2]):
-                    tile = ty * tiles_x + tx
-                    e = cursor[tile]
-                    cursor[tile] = e + 1
-                    entry_rows[e] = r
-                    entry_slots[e] = slot
+            slot = base + at(slot_starts, i)
+            put(slot_starts, i, slot)
+            x0, x1 = at(boxes, 4 * i), at(boxes, 4 * i + 2)
+            for ty in range(at(boxes, 4 * i + 1), at(boxes, 4 * i + 3)):
+                for tile in range(ty * tiles_x + x0, ty * tiles_x + x1):
+                    e = at(cursor, tile)
+                    put(cursor, tile, e + 1)
+                    put(entry_rows, e, np.int32(r))
+                    put(entry_slots, e, np.int32(slot))
                     slot += 1
         done(sync, phase)
     wait(sync, phase, PARTS)
@@ -543,7 +559,7 @@ def composite_forward(
     tiles = tiles_x * tiles_y
     pairs = np.empty(LANES * (ENTRIES_PER_ROUND + 1), np.int32)
     # Per block: x and y of its pixels, transmittance (negative once the pixel is finished), red, green, blue.
-    state = np.empty(16 * 6 * LANES, np.float32)
+    state = _scratch(16 * 6 * LANES)
     lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
     b0, b1, b2 = background[0], background[1], background[2]
     while True:
@@ -594,9 +610,9 @@ def composite_forward(
                 power = at(rows, r + 5) - (
                     dx * (dx * at(rows, r + 2) + dy * at(rows, r + 3)) + dy * dy * at(rows, r + 4)
                 )
-                a_pixel = minimum(exp2(maximum(power, _f(-100.0))), _ALPHA_MAX)
+                a_pixel = minimum(select(power >= _LOG2_ALPHA_MIN, exp2(power), _ZERO), _ALPHA_MAX)
                 trans = load(state, s + 32)
-                weight = select(power >= _LOG2_ALPHA_MIN, a_pixel, _ZERO) * trans
+                weight = a_pixel * trans
                 after = trans - weight
                 open_ = after > _STOP
                 weight = select(open_, weight, _ZERO)
@@ -611,10 +627,16 @@ def composite_forward(
             x0, y0 = left + 4 * (block % 4), top + 4 * (block // 4)
             s = 6 * LANES * block
             end = absolute(load(state, s + 32))
-            store(state, s + 32, _ONE - end)
-            store(state, s + 48, load(state, s + 48) + end * b0)
-            store(state, s + 64, load(state, s + 64) + end * b1)
-            store(state, s + 80, load(state, s + 80) + end * b2)
+            out_alpha, red = _ONE - end, load(state, s + 48) + end * b0
+            green, blue = load(state, s + 64) + end * b1, load(state, s + 80) + end * b2
+            if x0 + 4 <= width and y0 + 4 <= height:
+                store_block(alpha, y0 * width + x0, width, out_alpha)
+                store_rgb_block(image, 3 * (y0 * width + x0), 3 * width, red, green, blue)
+                continue
+            store(state, s + 32, out_alpha)
+            store(state, s + 48, red)
+            store(state, s + 64, green)
+            store(state, s + 80, blue)
             for y in range(min(4, height - y0)):
                 for x in range(min(4, width - x0)):
                     p = (y0 + y) * width + x0 + x
@@ -658,8 +680,8 @@ def composite_backward(
     tiles = tiles_x * tiles_y
     visible = totals[0]
     # Per block: x and y of its pixels, transmittance, gradient of what is behind, gradient of red, green, blue.
-    state = np.empty(16 * 7 * LANES, np.float32)
-    share = np.empty(LANES, np.float32)
+    state = _scratch(16 * 7 * LANES)
+    share = _scratch(LANES)
     lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
     zero = lane_x * _ZERO
     while True:
@@ -676,22 +698,31 @@ def composite_backward(
             store(state, s, lane_x + (_f(x0) + _HALF))
             store(state, s + 16, lane_y + (_f(y0) + _HALF))
             store(state, s + 32, zero + _ONE)
+            # What is behind: the rest of the colours and, through the last transmittance, background and alpha.
+            if x0 + 4 <= width and y0 + 4 <= height:
+                p = y0 * width + x0
+                v_red, v_green, v_blue = load_rgb_block(v_image, 3 * p, 3 * width)
+                red, green, blue = load_rgb_block(image, 3 * p, 3 * width)
+                end = _ONE - load_block(alpha, p, width)
+                out = v_red * red + v_green * green + v_blue * blue
+                store(state, s + 48, out - end * load_block(v_alpha, p, width))
+                store(state, s + 64, v_red)
+                store(state, s + 80, v_green)
+                store(state, s + 96, v_blue)
+                continue
             for offset in range(48, 112, LANES):
                 store(state, s + offset, zero)  # pixels outside the image keep it
             for y in range(min(4, height - y0)):
                 for x in range(min(4, width - x0)):
                     p = (y0 + y) * width + x0 + x
                     lane = s + 4 * y + x
-                    red, green, blue = at(v_image, 3 * p), at(v_image, 3 * p + 1), at(v_image, 3 * p + 2)
-                    out = red * at(image, 3 * p) + green * at(image, 3 * p + 1) + blue * at(image, 3 * p + 2)
-                    # What is behind: the rest of the colours and, through the last transmittance, background and alpha.
-                    put(state, lane + 48, out - (_ONE - at(alpha, p)) * at(v_alpha, p))
-                    put(state, lane + 64, red)
-                    put(state, lane + 80, green)
-                    put(state, lane + 96, blue)
-        alive = 0xFFFF
+                    total = -(_ONE - at(alpha, p)) * at(v_alpha, p)
+                    for c in range(3):
+                        total += at(v_image, 3 * p + c) * at(image, 3 * p + c)
+                        put(state, lane + 64 + LANES * c, at(v_image, 3 * p + c))
+                    put(state, lane + 48, total)
         for e in range(offsets[tile], offsets[tile + 1]):
-            mask = np.int64(at(entry_masks, e)) & alive
+            mask = np.int64(at(entry_masks, e))  # blocks that finished rounds ago have left it
             r = at(entry_rows, e)
             mx, my, a, b, c = at(rows, r), at(rows, r + 1), at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
             log2_opacity, red, green, blue = at(rows, r + 5), at(rows, r + 6), at(rows, r + 7), at(rows, r + 8)
@@ -702,8 +733,8 @@ def composite_backward(
                 s = 7 * LANES * block
                 dx, dy = mx - load(state, s), my - load(state, s + 16)
                 power = log2_opacity - (dx * (dx * a + dy * b) + dy * dy * c)
-                a_free = exp2(maximum(power, _f(-100.0)))
-                a_pixel = select(power >= _LOG2_ALPHA_MIN, minimum(a_free, _ALPHA_MAX), _ZERO)
+                a_free = select(power >= _LOG2_ALPHA_MIN, exp2(power), _ZERO)
+                a_pixel = minimum(a_free, _ALPHA_MAX)
                 trans = load(state, s + 32)
                 weight = a_pixel * trans
                 after = trans - weight
@@ -721,8 +752,6 @@ def composite_backward(
                 s0, sx, sy = s0 + slope, sx + slope_x, sy + slope_y
                 sxx, sxy, syy = sxx + slope_x * dx, sxy + slope_x * dy, syy + slope_y * dy
                 s_red, s_green, s_blue = s_red + weight * v_red, s_green + weight * v_green, s_blue + weight * v_blue
-                if bits(open_) == 0:
-                    alive &= ~(1 << block)
             store(slots, LANES * at(entry_slots, e), sums((s0, sx, sy, sxx, sxy, syy, s_red, s_green, s_blue)))
         done(sync, 0)
     wait(sync, 0, tiles)
@@ -734,19 +763,19 @@ def composite_backward(
             break
         for i in range(chunk * GAUSSIANS_PER_CHUNK, min(visible, (chunk + 1) * GAUSSIANS_PER_CHUNK)):
             total = zero
-            for slot in range(slot_starts[i], slot_starts[i + 1]):
+            for slot in range(at(slot_starts, i), at(slot_starts, i + 1)):
                 total = total + load(slots, LANES * slot)
             store(share, 0, total)
-            g = order[i]
-            a, b, c = conics[3 * g], conics[3 * g + 1], conics[3 * g + 2]
-            v_means2d[2 * g] = -(a * share[1] + b * share[2])
-            v_means2d[2 * g + 1] = -(b * share[1] + c * share[2])
-            v_conics[3 * g] = -_HALF * share[3]
-            v_conics[3 * g + 1] = -share[4]
-            v_conics[3 * g + 2] = -_HALF * share[5]
-            v_opacities[g] = share[0] / opacities[g]
-            v_colors[3 * g] = share[6]
-            v_colors[3 * g + 1] = share[7]
-            v_colors[3 * g + 2] = share[8]
+            g = at(order, i)
+            a, b, c = at(conics, 3 * g), at(conics, 3 * g + 1), at(conics, 3 * g + 2)
+            put(v_means2d, 2 * g, -(a * at(share, 1) + b * at(share, 2)))
+            put(v_means2d, 2 * g + 1, -(b * at(share, 1) + c * at(share, 2)))
+            put(v_conics, 3 * g, -_HALF * at(share, 3))
+            put(v_conics, 3 * g + 1, -at(share, 4))
+            put(v_conics, 3 * g + 2, -_HALF * at(share, 5))
+            put(v_opacities, g, at(share, 0) / at(opacities, g))
+            put(v_colors, 3 * g, at(share, 6))
+            put(v_colors, 3 * g + 1, at(share, 7))
+            put(v_colors, 3 * g + 2, at(share, 8))
         done(sync, 1)
     wait(sync, 1, chunks)

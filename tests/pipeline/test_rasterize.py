@@ -207,7 +207,7 @@ def test_reference_composites_like_gsplat(monkeypatch: pytest.MonkeyPatch) -> No
     "options",
     [
         {},
-        {"n": 2000, "width": 101, "height": 67, "seed": 1},
+        {"n": 1200, "width": 101, "height": 67, "seed": 1},
         {"width": 16, "height": 16, "channels": 1},
         {"width": 7, "height": 3, "channels": 5},
         {"n": 15, "width": 64, "height": 33, "channels": 4},
