@@ -61,6 +61,8 @@ class MatteConfig(Section):
     """A rembg model by name; all but u2netp are fetched by rembg from their publisher."""
     padding: float = Field(0.25, ge=0, le=1)
     """Replicated border added before inference, as a share of the frame's sides."""
+    key_every: int = Field(2, ge=1, le=8)
+    """The network sees every n-th frame; the alphas between are carried by optical flow where that agrees; 1: all."""
     steady_frames: int = Field(5, ge=1, le=15)
     """Length of the median over time; 1 switches it off."""
 

@@ -2,13 +2,20 @@
 
 A salient-object network (rembg) sees each frame for itself and knows no person. So its answers are kept to what
 belongs to the tracked face, filled inside it, and steadied by a median over time. Which of two ways of showing the
-frame to the network flickers less is measured on the clip itself.
+frame to the network flickers less is measured on the clip itself. The network is by far the slowest part, and it
+jitters more than optical flow errs from a frame to the next: it sees every few frames only, and the alphas of the
+frames between are carried over from both sides, unless the two disagree.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +37,8 @@ FACE_SHARE = 0.5
 """Below this mean alpha inside the face the network has lost the person."""
 FAINT = 26
 """Alpha (of 255) from which a pixel counts when connecting what belongs together: wisps of hair do."""
+CARRY_LIMIT_PX = 2.0
+"""Alphas carried from both sides that differ by more along the boundary are not trusted."""
 GOOD_FLICKER, POOR_FLICKER = 0.6, 2.0
 """Pixels of the boundary's jitter, at the frame's own size."""
 GOOD_PARTIAL, POOR_PARTIAL = 0.2, 0.4
@@ -45,21 +54,14 @@ def run(run: StageRun) -> Result:
     landmarks, present = _faces(run, len(frames))
     network = Network(run, frames)
     padding = _choose_padding(run, network, present)
-    started, fresh = time.monotonic(), 0
+    started = time.monotonic()
     wanted = [int(i) for i in np.flatnonzero(present)]
-    done = [i for i in wanted if network.known(i, padding)]
-    with run.reporter.task("matte", len(wanted), "frames", len(done)) as task:
-        for index in wanted:
-            if network.known(index, padding):
-                continue
-            network.alpha(index, padding)
-            fresh += 1
-            task.advance()
-            run.check_stop()
+    fresh = sum(not network.known(i, padding) for i in wanted)
+    network.fill(present, padding)
     per_frame = (time.monotonic() - started) / fresh * 1000 if fresh else None
     (run.work / "alpha").mkdir(exist_ok=True)
     jitter = Jitter()
-    partial, lost = [], np.zeros(len(frames), bool)
+    shares, lost = [], np.zeros(len(frames), bool)
     for index, steady in enumerate(_steadied(run, network, padding, present, (frames.height, frames.width))):
         alpha = steady
         if present[index]:
@@ -68,7 +70,7 @@ def run(run: StageRun) -> Result:
             lost[index] = len(inside) > 0 and inside.mean() < FACE_SHARE * 255
             alpha = belonging(np.maximum(steady, hull), hull)
             solid, edge = int((alpha >= 242).sum()), int(((alpha > 13) & (alpha < 242)).sum())
-            partial.append(edge / max(solid + edge, 1))
+            shares.append(edge / max(solid + edge, 1))
         jitter.add(alpha if present[index] else None)
         save_image(run.work / alpha_file(index), alpha)
         run.check_stop()
@@ -79,7 +81,7 @@ def run(run: StageRun) -> Result:
         )
     figures: dict[str, Any] = {
         "flicker_px": round(jitter.mean(), 3),
-        "partial_alpha_share": round(float(np.mean(partial)), 4),
+        "partial_alpha_share": round(float(np.mean(shares)), 4),
         "padding": padding,
         "frames": len(wanted),
         "lost_frames": int(lost.sum()),
@@ -95,7 +97,8 @@ class Network:
 
     def __init__(self, run: StageRun, frames: FrameSet) -> None:
         self._run, self._frames = run, frames
-        self._session: Any = None
+        self._predict: Callable[[Image], Image] | None = None
+        self._opening = threading.Lock()
 
     def known(self, index: int, padding: float) -> bool:
         """Whether the answer for a frame is there already."""
@@ -106,48 +109,144 @@ class Network:
         path = self._file(index, padding)
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            save_image(path, self._predict(self._frames.image(index), padding))
+            save_image(path, self._shown(self._frames.image(index), padding))
         return _read_grey(path)
+
+    def fill(self, present: NDArray[np.bool_], padding: float) -> None:
+        """Have an alpha ready for every frame with the person in it: the network's at key frames, between them flow's.
+
+        Frames are worked on side by side, each by one thread: that takes less time than many threads for a frame.
+        """
+        keys = key_frames(present, self._run.config.matte.key_every)
+        between = sorted(set(np.flatnonzero(present).tolist()) - set(keys))
+        missing = [i for i in [*keys, *between] if not self.known(i, padding)]
+        count = len(keys) + len(between)
+        with (
+            single_threaded_opencv(),
+            ThreadPoolExecutor(self._run.threads) as pool,
+            self._run.reporter.task("matte", count, "frames", count - len(missing)) as task,
+        ):
+            for group, work in (
+                (keys, partial(self.alpha, padding=padding)),
+                (between, partial(self._carried, padding=padding, keys=keys)),
+            ):
+                todo = [i for i in group if not self.known(i, padding)]
+                for first in range(0, len(todo), self._run.threads):
+                    self._run.check_stop()
+                    task.advance(len(list(pool.map(work, todo[first : first + self._run.threads]))))
+
+    def _carried(self, index: int, padding: float, keys: list[int]) -> None:
+        """Write the alpha of a frame between two key frames; the network's where the two sides disagree."""
+        after = bisect.bisect(keys, index)
+        sides = keys[after - 1], keys[after]
+        image = self._frames.image(index)
+        alphas = [
+            carry(self._frames.image(side), image, self.alpha(side, padding)).astype(np.float32) for side in sides
+        ]
+        if np.abs(alphas[0] - alphas[1]).sum() > CARRY_LIMIT_PX * boundary_length(alphas[0]):
+            self.alpha(index, padding)
+            return
+        share = (index - sides[0]) / (sides[1] - sides[0])
+        mixed = (1 - share) * alphas[0] + share * alphas[1]
+        save_image(self._file(index, padding), mixed.round().astype(np.uint8))
 
     def _file(self, index: int, padding: float) -> Path:
         return self._run.scratch / f"raw-{padding:.3f}" / f"{index:06d}.png"
 
-    def _predict(self, image: Image, padding: float) -> Image:
+    def _shown(self, image: Image, padding: float) -> Image:
         """A face that fills the frame confuses the network; a replicated border above and beside it helps."""
         import cv2
-        from PIL import Image as Pillow
 
         height, width = image.shape[:2]
         top, side = round(padding * height), round(padding * width)
         shown = cv2.copyMakeBorder(image, top, 0, side, side, cv2.BORDER_REPLICATE)
-        mask = self._open().predict(Pillow.fromarray(shown))[0]
-        return np.ascontiguousarray(np.asarray(mask.convert("L"), np.uint8)[top:, side : side + width])
-
-    def _open(self) -> Any:
-        if self._session is None:
-            self._session = open_session(self._run.config.matte.model, self._run.threads)
-        return self._session
+        with self._opening:
+            self._predict = self._predict or open_model(self._run.config.matte.model)
+        return np.ascontiguousarray(self._predict(shown)[top:, side : side + width])
 
 
-def open_session(model: str, threads: int) -> Any:
-    """A rembg session on the CPU. The model's file is verified, or was fetched before any stage worked.
+def open_model(model: str) -> Callable[[Image], Image]:
+    """The network as a function from an image [H, W, 3] to its alpha [H, W], on one CPU thread.
+
+    u2netp runs without rembg, whose import alone takes seconds; the others are rembg's by name.
 
     Raises:
         UserError: rembg knows no such model, or u2netp's file has wrong bytes.
         StageError: the model's file is not on this machine.
     """
-    if model == U2NETP:
-        asset_path(U2NETP, fetch=False)
-    else:
-        fetch_rembg_model(model)
+    file = asset_path(U2NETP, fetch=False) if model == U2NETP else fetch_rembg_model(model)
     import onnxruntime
-    import rembg
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
+    if model == U2NETP:
+        return partial(_u2net, onnxruntime.InferenceSession(str(file), options, providers=providers))
+    import rembg
+    from PIL import Image as Pillow
+
     with rembg_home():
-        return rembg.new_session(model, sess_opts=options, providers=["CPUExecutionProvider"])
+        session = rembg.new_session(model, sess_opts=options, providers=providers)
+    return lambda image: np.asarray(session.predict(Pillow.fromarray(image))[0].convert("L"), np.uint8)
+
+
+def _u2net(session: Any, image: Image) -> Image:
+    """U2-Net as rembg runs it: 320 x 320, ImageNet's mean and deviation, the answer stretched to [0, 1]."""
+    import cv2
+
+    small = cv2.resize(image, (320, 320), interpolation=cv2.INTER_AREA).astype(np.float32)
+    even = (small / max(float(small.max()), 1e-6) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    tensor = even.transpose(2, 0, 1)[None].astype(np.float32)
+    answer = session.run([session.get_outputs()[0].name], {session.get_inputs()[0].name: tensor})[0][0, 0]
+    answer = (answer - answer.min()) / max(float(answer.max() - answer.min()), 1e-6)
+    size = (image.shape[1], image.shape[0])
+    return np.asarray(np.clip(cv2.resize(answer, size, interpolation=cv2.INTER_CUBIC), 0, 1) * 255 + 0.5, np.uint8)
+
+
+def key_frames(present: NDArray[np.bool_], every: int) -> list[int]:
+    """The frames that the network sees: every few of each run of frames with the person in them, ends included."""
+    keys: list[int] = []
+    frames = np.flatnonzero(present)
+    for stretch in np.split(frames, np.flatnonzero(np.diff(frames) > 1) + 1):
+        if len(stretch):
+            keys += sorted({*stretch[::every].tolist(), int(stretch[-1])})
+    return keys
+
+
+def carry(source: Image, target: Image, alpha: Image) -> Image:
+    """A frame's alpha [H, W] moved to another frame by dense optical flow (DIS, Kroeger et al. 2016) at half size."""
+    import cv2
+
+    height, width = alpha.shape
+    half = (max(width // 2, 32), max(height // 2, 32))
+    to, origin = (
+        cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), half, interpolation=cv2.INTER_AREA)
+        for image in (target, source)
+    )
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(to, origin, None)
+    flow = cv2.resize(flow, (width, height)) * np.array([width / half[0], height / half[1]], np.float32)
+    at = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32) + flow
+    return np.asarray(cv2.remap(alpha, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.uint8)
+
+
+def boundary_length(alpha: NDArray[np.floating[Any]]) -> float:
+    """Length in pixels of an alpha's boundary, soft or hard: the sum of its gradient's length, for alpha in [0, 1]."""
+    down, right = np.gradient(alpha)
+    return float(np.hypot(down, right).sum())
+
+
+@contextlib.contextmanager
+def single_threaded_opencv() -> Iterator[None]:
+    """Keep OpenCV to one thread meanwhile: its optical flow gives other numbers with other thread counts."""
+    import cv2
+
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
 
 
 class Jitter:
@@ -168,8 +267,7 @@ class Jitter:
         self._last = [*self._last[-2:], alpha.astype(np.float32) / 255]
         if len(self._last) == 3:
             before, this, after = self._last
-            down, right = np.gradient(this)
-            length = float(np.hypot(down, right).sum())
+            length = boundary_length(this)
             if length > 0:
                 self._values.append(float(np.abs(this - (before + after) / 2).sum()) / length)
 
