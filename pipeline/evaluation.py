@@ -258,5 +258,5 @@ def verdict_text(result: dict[str, Any], level: Level) -> str:
         text += f" Measured on {counts['test_usable']} of {counts['test']} held-out frames: the others are not usable."
     share = result["error_share_partial_alpha"]
     if share is not None and share > 0.5:
-        text += f" {share:.0%} of the error lies where the matte is half transparent: a steadier matte comes first."
+        text += f" {share:.0%} of the error lies along the outline, where the matte is half transparent."
     return text + f" Renders {result['speed']['render_fps']:.0f} frames a second."

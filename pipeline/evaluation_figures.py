@@ -137,6 +137,7 @@ def _legend(axes: Axes, lines: Sequence[Line2D]) -> None:
 
 
 def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)

@@ -166,7 +166,7 @@ def test_the_comparison_names_split_baselines_and_reasons(whole: tuple[Page, str
         "Mean training frame 31.9 avatar +1.5 27.0 avatar +2.0 27.7 avatar +2.8"
     )
     assert "No MS-SSIM: it needs sides of at least 161 px" in text
-    assert "42 % of the squared error" in text
+    assert "42 % of the squared error lies along the outline" in text
     assert "700 instead of 1500" in text
     assert "people who agreed" in text
 

@@ -64,11 +64,10 @@ def finished_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = TrainingData(crops.images, crops.alphas, conditions, loaded.K, clip.head, loaded.identity)
     avatar = RiggedAvatar.start(data, TrainConfig(gaussians=1500), np.random.default_rng(0))
     save_avatar(avatar, root / "train", {"resolution": RESOLUTION, "steps": 200, "frames": len(data)})
-    log = [
-        {"step": step, "seconds": step / 100, "loss": 1 / step, "psnr_train": 20 + step / 50, "psnr_val": None}
-        for step in (100, 200)
-    ]
+    log = [{"step": step, "loss": 1 / step, "psnr_train": 20 + step / 50, "psnr_val": None} for step in (100, 200)]
     (root / "train/log.json").write_text(json.dumps(log))
+    manifest = {"schema": 1, "stage": "train", "outputs": [], "metrics": {"train_seconds": 2.0, "steps": 200}}
+    (root / "train/stage.json").write_text(json.dumps(manifest))
     return root
 
 
