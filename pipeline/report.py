@@ -199,7 +199,7 @@ def _headline(subject: Subject, views: Sequence[StageView]) -> tuple[str, str]:
     """Badge and sentence for the whole subject."""
     for view in views:
         if view.badge == "failed":
-            return "failed", f"Stopped at {view.name}. {view.text}"
+            return "failed", f"Stopped at {view.name}. {view.text}" + (f" What to do: {view.fix}." if view.fix else "")
     undone = [view.name for view in views if view.badge in ("missing", "unfinished")]
     done = [view for view in views if view.badge in ("good", "fair", "poor")]
     if undone:
