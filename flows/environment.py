@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -23,9 +25,19 @@ def quiet_prefect() -> None:
     Without a server of the user's own, Prefect's home is headcast's, so that an embedded server never migrates the
     database of another installation.
     """
-    import platformdirs
-
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    if "PREFECT_API_URL" not in os.environ and "PREFECT_PROFILE" not in os.environ:
-        os.environ.setdefault("PREFECT_HOME", str(platformdirs.user_data_path("headcast") / "prefect"))
+    if not {"PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_HOME"} & set(os.environ):
+        os.environ["PREFECT_HOME"] = str(_own_home())
+
+
+def _own_home() -> Path:
+    """A folder for the embedded server's database; a passing one where the user's data folder cannot be written."""
+    import platformdirs
+
+    home = platformdirs.user_data_path("headcast", appauthor=False) / "prefect"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="headcast-prefect-"))
+    return home

@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def execute(command: Any) -> int:
     """Run a parsed command and return its exit code."""
-    logging.basicConfig(level=logging.DEBUG if command.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    _set_up_logging(command.verbose)
     handlers: dict[type, Callable[[Any], tuple[dict[str, Any], str, int]]] = {
         Run: _run,
         Status: _status,
@@ -161,6 +161,15 @@ def execute(command: Any) -> int:
             return _report_error(command, error, answer)
         answer(json.dumps(document, indent=2, ensure_ascii=False) if command.json else text)
         return code
+
+
+def _set_up_logging(verbose: bool) -> None:
+    """Warnings on standard error; the orchestrator's own lines only when asked for."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    if not verbose:
+        handler.addFilter(lambda record: not record.name.startswith("prefect"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 @contextlib.contextmanager
@@ -261,7 +270,15 @@ def _carry_out(request: Any) -> tuple[dict[str, Any], str, int]:
     if states is None:
         from flows.subject import subject_flow
 
-        worked = subject_flow(request)
+        try:
+            worked = subject_flow(request)
+        except (HeadcastError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever Prefect meets while it starts or talks to its server
+            raise HeadcastError(
+                f"The orchestrator failed: {type(error).__name__}: {error}.",
+                "run the same command again, with --verbose for its log; what is finished is kept",
+            ) from error
         states = inspect_stages(subject, wanted, config)
     else:
         sys.stderr.write(f"{subject.name}: everything is fresh, nothing to do.\n")
