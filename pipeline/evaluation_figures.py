@@ -137,7 +137,9 @@ def _legend(axes: Axes, lines: Sequence[Line2D]) -> None:
 
 
 def _dress(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
