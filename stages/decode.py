@@ -132,9 +132,9 @@ def choose_span(survey: Survey, config: DecodeConfig) -> NDArray[np.int64]:
         end = config.end_seconds if config.end_seconds is not None else float("inf")
         span = np.flatnonzero(seen & (survey.times >= start) & (survey.times <= end))
         if not len(span):
+            where = f"From {start:g} s on" if end == float("inf") else f"Between {start:g} and {end:g} s"
             raise UserError(
-                f"Between {start:g} s and {min(end, survey.times[-1]):g} s the video has no picture; "
-                f"it is {survey.times[-1]:.1f} s long.",
+                f"{where} there is no picture: the video is {survey.times[-1]:.1f} s long.",
                 "choose another span with --set decode.start_seconds=... and decode.end_seconds=...",
             )
         return span
@@ -238,8 +238,8 @@ def _survey(run: StageRun, path: Path, promised: int) -> Survey:
         np.array(black, bool),
         np.array(motion),
         np.array(shot, np.int64),
-        np.array(rows).reshape(len(rows), -1),
-        np.array(columns).reshape(len(columns), -1),
+        np.stack(rows) if rows else np.zeros((0, 0)),
+        np.stack(columns) if columns else np.zeros((0, 0)),
         tuple(damage),
     )
     _save_survey(run.scratch, survey)

@@ -1,0 +1,77 @@
+"""Frames of one real face to build test clips from, and subjects made of given frames."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.assets import asset_path
+from pipeline.config import Config
+from pipeline.dataset import Subject, write_json
+from pipeline.frames import SCHEMA, frame_file, save_image
+from pipeline.stage import StageRun
+from pipeline.video import read_frames
+
+Image = NDArray[np.uint8]
+
+
+@cache
+def face_frames() -> tuple[Image, ...]:
+    """72 frames [360, 640, 3] of one man who talks; the asset is fetched if it is not there."""
+    return tuple(frame.rgb() for frame in read_frames(asset_path("single_face")))
+
+
+@cache
+def empty_room() -> Image:
+    """A frame [360, 640, 3] of smooth colours with no face in it."""
+    y, x = np.mgrid[:360, :640].astype(np.float32)
+    return np.stack([90 + x / 9, 120 + y / 9, 150 - x / 12], axis=-1).astype(np.uint8)
+
+
+def decoded_subject(root: Path, images: list[Image], fps: float = 30, shots: list[list[int]] | None = None) -> Subject:
+    """A subject whose decode stage holds these images."""
+    subject = Subject(root)
+    folder = subject.stage("decode")
+    (folder / "frames").mkdir(parents=True)
+    entries = []
+    for index, image in enumerate(images):
+        save_image(folder / frame_file(index), image)
+        entries.append(
+            {
+                "index": index,
+                "file": frame_file(index),
+                "time": index / fps,
+                "source_frame": index,
+                "sharpness": 1.0,
+            }
+        )
+    height, width = images[0].shape[:2]
+    shots = shots or [[0, len(images) - 1]]
+    record = {
+        "schema": SCHEMA,
+        "width": width,
+        "height": height,
+        "fps": str(fps),
+        "count": len(images),
+        "frames": entries,
+        "shots": shots,
+        "shot_seconds": [[first / fps, last / fps] for first, last in shots],
+    }
+    write_json(folder / "frames.json", record)
+    return subject
+
+
+def stage_run(subject: Subject, work: Path, config: Config | None = None, **changes: object) -> StageRun:
+    """A run of a stage in a work folder."""
+    work.mkdir(exist_ok=True)
+    return dataclasses.replace(StageRun(subject, work, config or Config(), "cpu", 2), **changes)
+
+
+def padded(image: Image, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0) -> Image:
+    """An image with its border repeated outwards."""
+    return np.asarray(cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_REPLICATE), np.uint8)

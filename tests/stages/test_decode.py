@@ -1,0 +1,238 @@
+"""Decode keeps the longest shot's frames, once each, without bars and black, in flat memory, and resumes."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline import video
+from pipeline.config import Config, DecodeConfig
+from pipeline.dataset import Dataset, Subject
+from pipeline.errors import Interrupted, UserError
+from pipeline.frames import FrameSet
+from pipeline.source import register_source
+from pipeline.stage import outputs_digest, run_stage
+from pipeline.video import write_video
+from stages import decode
+
+Image = NDArray[np.uint8]
+
+
+def moving(count: int, seed: int = 0, size: tuple[int, int] = (120, 90)) -> list[Image]:
+    """Frames of a smooth texture that slides by 2 pixels a frame."""
+    width, height = size
+    rng = np.random.default_rng(seed)
+    tint = rng.integers(40, 215, 3)
+    noise = rng.integers(-35, 35, (height // 8 + 2, (width + 2 * count) // 8 + 2, 3))
+    wide = cv2.resize((noise + tint).astype(np.float32), None, fx=8, fy=8, interpolation=cv2.INTER_CUBIC)
+    wide = np.clip(wide, 25, 255).astype(np.uint8)
+    return [np.ascontiguousarray(wide[:height, 2 * i : 2 * i + width]) for i in range(count)]
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Subject:
+    subject = Dataset(tmp_path / "data").subject("ada")
+    subject.work.mkdir(parents=True)
+    return subject
+
+
+def decoded(subject: Subject, source: Path, **settings: Any) -> tuple[FrameSet, dict[str, Any]]:
+    register_source(subject, source)
+    manifest = run_stage(subject, decode.STAGE, [decode.STAGE], Config(decode=DecodeConfig(**settings)))
+    return FrameSet.load(subject.stage("decode")), manifest
+
+
+def clip(folder: Path, images: list[Image], fps: float = 25, crf: int = 12) -> Path:
+    write_video(folder / "clip.mp4", images, fps, crf=crf)
+    return folder / "clip.mp4"
+
+
+def test_frames_are_written_as_they_are(tmp_path: Path, subject: Subject) -> None:
+    images = moving(70)
+    frames, manifest = decoded(subject, clip(tmp_path, images, 30000 / 1001))
+    assert len(frames) == 70
+    assert (frames.width, frames.height, frames.fps) == (120, 90, Fraction(30000, 1001))
+    np.testing.assert_allclose(frames.times, np.arange(70) * 1001 / 30000, atol=1e-4)
+    assert np.abs(frames.image(33).astype(float) - images[33]).mean() < 3
+    assert (frames.sharpness > 0).all()
+    assert manifest["verdict"]["text"].startswith("Decoding: fair. 70 of 70 frames, 120x90, one shot; under 256 pixels")
+    assert (subject.stage("decode") / manifest["verdict"]["picture"]).is_file()
+
+
+def test_repeated_frames_are_dropped_and_can_be_kept(tmp_path: Path, subject: Subject) -> None:
+    images = [image for i, image in enumerate(moving(40)) for _ in range(2 if i % 4 == 0 else 1)]
+    path = clip(tmp_path, images)
+    frames, manifest = decoded(subject, path)
+    assert len(frames) == 40
+    assert manifest["metrics"]["repeated"] == 10
+    assert "10 repeated frames left out" in manifest["verdict"]["text"]
+    assert len(np.unique(np.diff(frames.source_frames))) == 2  # the source's numbers and times have the gaps
+    frames, _ = decoded(subject, path, drop_repeated=False)
+    assert len(frames) == 50
+
+
+def test_a_person_who_keeps_still_is_no_repeat(tmp_path: Path, subject: Subject) -> None:
+    rng = np.random.default_rng(1)
+    still = moving(1)[0].astype(int)
+    images = [np.clip(still + rng.integers(-6, 7, still.shape), 0, 255).astype(np.uint8) for _ in range(30)]
+    frames, _ = decoded(subject, clip(tmp_path, images))
+    assert len(frames) == 30
+
+
+def test_black_frames_and_bars_are_cut(tmp_path: Path, subject: Subject) -> None:
+    black = np.zeros((90, 120, 3), np.uint8)
+    images = []
+    for image in moving(20):
+        framed = black.copy()
+        framed[12:80, 8:112] = image[12:80, 8:112]
+        images.append(framed)
+    frames, manifest = decoded(subject, clip(tmp_path, [black, black, *images, black]))
+    assert frames.source_frames.tolist() == list(range(2, 22))
+    left, top, right, bottom = frames.record["bars"]
+    assert all(abs(found - true) <= 2 for found, true in zip((left, top, right, bottom), (8, 12, 8, 10), strict=True))
+    assert (frames.width, frames.height) == (120 - left - right, 90 - top - bottom)
+    assert frames.image(5)[[0, -1]].mean() > 20
+    assert manifest["metrics"]["black"] == 3
+    assert "3 black frames left out, black bars cut" in manifest["verdict"]["text"]
+
+
+def test_the_longest_shot_is_taken_and_another_on_demand(tmp_path: Path, subject: Subject) -> None:
+    images = [*moving(15, seed=1), *moving(40, seed=2), *moving(12, seed=3)]
+    path = clip(tmp_path, images)
+    frames, manifest = decoded(subject, path)
+    assert frames.record["shots"] == [[0, 14], [15, 54], [55, 66]]
+    assert frames.record["span"] == [15, 54]
+    assert "3 shots, frames 15-54 taken" in manifest["verdict"]["text"]
+    start, end = frames.record["shot_seconds"][2]
+    frames, _ = decoded(subject, path, start_seconds=start, end_seconds=end)
+    assert frames.record["span"] == [55, 66]
+    frames, _ = decoded(subject, path, start_seconds=0.0, end_seconds=1.0)
+    assert frames.record["span"] == [0, 25]
+    assert frames.record["warnings"] == ["The span asked for holds 1 cut."]
+
+
+def test_limits_thin_evenly(tmp_path: Path, subject: Subject) -> None:
+    path = clip(tmp_path, moving(60), fps=60)
+    frames, _ = decoded(subject, path, max_fps=30)
+    assert frames.source_frames.tolist() == list(range(0, 60, 2))
+    frames, _ = decoded(subject, path, max_frames=16)
+    assert len(frames) == 16
+    assert frames.source_frames[[0, -1]].tolist() == [0, 59]
+    assert set(np.diff(frames.source_frames)) <= {3, 4}
+    frames, _ = decoded(subject, path, max_side_px=60)
+    assert (frames.width, frames.height) == (60, 45)
+
+
+def test_a_folder_of_images_works(tmp_path: Path, subject: Subject) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, image in enumerate(moving(12)):
+        cv2.imwrite(str(folder / f"{number}.png"), image[..., ::-1])
+    frames, _ = decoded(subject, folder)
+    assert len(frames) == 12
+    assert np.abs(frames.image(11).astype(float) - moving(12)[11]).mean() < 3
+
+
+def test_a_cut_off_file_gives_what_decodes_and_says_so(tmp_path: Path, subject: Subject) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(20, 255, (90, 120, 3), np.uint8) for _ in range(60)]
+    data = clip(tmp_path, images).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 6 // 10])
+    frames, manifest = decoded(subject, tmp_path / "cut.mp4")
+    assert 20 < len(frames) < 50
+    assert manifest["verdict"]["level"] == "fair"
+    assert "the file is damaged or cut off" in manifest["verdict"]["text"]
+    assert f"The header counts 60 frames, {len(frames)} decode." in frames.record["warnings"]
+
+
+def test_nothing_to_see_is_refused_in_words(tmp_path: Path, subject: Subject) -> None:
+    path = clip(tmp_path, [np.zeros((90, 120, 3), np.uint8)] * 5)
+    with pytest.raises(UserError) as caught:
+        decoded(subject, path)
+    assert caught.value.what == "Every frame of the video is black."
+    assert caught.value.fix == "choose another video"
+    path = clip(tmp_path, moving(25))
+    with pytest.raises(UserError) as caught:
+        decoded(subject, path, start_seconds=9.0)
+    assert caught.value.what == "From 9 s on there is no picture: the video is 1.0 s long."
+    assert caught.value.fix == "choose another span with --set decode.start_seconds=... and decode.end_seconds=..."
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes(
+    tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_source(subject, clip(tmp_path, moving(30)))
+    config, calls = Config(), [0]
+
+    def stop() -> bool:
+        calls[0] += 1
+        return calls[0] > 45  # in the second pass
+
+    with pytest.raises(Interrupted):
+        run_stage(subject, decode.STAGE, [decode.STAGE], config, stop_requested=stop)
+    assert not subject.stage("decode").exists()
+    written: list[Path] = []
+    save = decode.save_image
+    monkeypatch.setattr(decode, "save_image", lambda path, *rest: (written.append(path), save(path, *rest))[1])
+    monkeypatch.setattr(decode, "_survey", lambda *rest: pytest.fail("the first pass was done again"))
+    resumed = run_stage(subject, decode.STAGE, [decode.STAGE], config)
+    assert resumed["resumed"]
+    assert len([path for path in written if path.parent.name == "frames"]) < 30
+    monkeypatch.undo()
+    other = Dataset(tmp_path / "data").subject("eve")
+    other.work.mkdir(parents=True)
+    _, manifest = decoded(other, tmp_path / "clip.mp4")
+    assert manifest["digest"] == resumed["digest"] == outputs_digest(resumed["outputs"])
+
+
+def test_no_more_than_a_few_frames_are_ever_held(
+    tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+    most = [0]
+    read = video.read_frames
+
+    def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for frame in read(*arguments, **options):
+            alive.append(weakref.ref(frame))
+            most[0] = max(most[0], sum(ref() is not None for ref in alive))
+            yield frame
+
+    monkeypatch.setattr(video, "read_frames", watched)
+    decoded(subject, clip(tmp_path, moving(80)))
+    assert len(alive) >= 160
+    assert most[0] <= 3
+
+
+def test_frames_json_is_checked_at_the_border(tmp_path: Path, subject: Subject) -> None:
+    decoded(subject, clip(tmp_path, moving(12)))
+    path = subject.stage("decode") / "frames.json"
+    good = json.loads(path.read_text())
+
+    def refused(message: str, **changes: Any) -> None:
+        path.write_text(json.dumps({**good, **changes}))
+        with pytest.raises(UserError, match=message):
+            FrameSet.load(subject.stage("decode"))
+
+    refused("schema is 9", schema=9)
+    refused("width, height, fps or count do not fit", count=5)
+    refused("a file lies outside", frames=[{**good["frames"][0], "file": "../../secret.jpg"}], count=1)
+    refused("the times do not increase", frames=[*good["frames"][:-1], {**good["frames"][-1], "time": 0}])
+    refused("the indices do not count", frames=good["frames"][1:], count=11)
+    path.write_text("{")
+    with pytest.raises(UserError, match="Cannot read"):
+        FrameSet.load(subject.stage("decode"))
+    path.write_text(json.dumps(good))
+    frames = FrameSet.load(subject.stage("decode"))
+    (subject.stage("decode") / frames.files[3]).write_bytes(b"")
+    with pytest.raises(UserError, match="is not an image that can be read"):
+        frames.image(3)
