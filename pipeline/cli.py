@@ -111,10 +111,14 @@ class Demo(Common):
 
 @dataclass(frozen=True)
 class Bench(Common):
-    """Measure this machine: the rasteriser against its torch reference."""
+    """Measure this machine. raster: the rasteriser against its torch reference. run: whole runs, twice each."""
 
-    what: tyro.conf.Positional[Literal["raster"]] = "raster"
+    what: tyro.conf.Positional[Literal["raster", "run"]] = "raster"
     """What to measure."""
+    videos: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """For run: the clips; by default the sample clip."""
+    preset: Literal["quick", "standard", "best"] = "quick"
+    """For run: the budget."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -339,10 +343,19 @@ def _assets(command: Assets) -> tuple[dict[str, Any], str, int]:
 
 
 def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
-    from pipeline.bench_raster import bench, table
+    if command.what == "raster":
+        from pipeline.bench_raster import bench, table
 
-    document = bench()
-    return document, table(document), 0
+        document = bench()
+        return document, table(document), 0
+    from pipeline import bench_run
+    from pipeline.assets import SAMPLE_CLIP, asset_path, ensure_assets
+    from pipeline.progress import default_reporter
+    from stages import STAGES
+
+    ensure_assets({name for stage in STAGES for name in stage.assets}, default_reporter())
+    document = bench_run.bench_runs(command.videos or (asset_path(SAMPLE_CLIP),), command.preset)
+    return document, bench_run.table(document), 0
 
 
 if __name__ == "__main__":
