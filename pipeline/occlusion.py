@@ -4,7 +4,7 @@ The landmark detector follows a face through a hand without a word. Each frame's
 landmarks, and the brightness of every point of it is predicted from the pose and the expression by a robust linear fit
 over the whole clip. Where a large part of the face departs from that, something lies over it. Only the face below the
 eyes is judged: hair, brows and glasses make the upper part change by themselves. A cover that is there for most of
-the clip passes for the face.
+the clip passes for the face, and in a clip of few frames one that always comes with the same expression may.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 GRID = 64
 """Side of the flat face in texels."""
-EXPRESSION_MODES = 8
-FRAMES_PER_MODE = 20
+EXPRESSION_MODES = 5
+FRAMES_PER_MODE = 36
 RIDGE = 0.02
 CAUCHY_SCALE = 8.0
 """Grey values; larger departures lose their weight in the fit."""
@@ -28,7 +28,6 @@ MIN_STRETCH = 0.3
 
 LEFT_EYE = (249, 263, 362, 373, 374, 380, 381, 382, 384, 385, 386, 387, 388, 390, 398, 466)
 RIGHT_EYE = (7, 33, 133, 144, 145, 153, 154, 155, 157, 158, 159, 160, 161, 163, 173, 246)
-LIPS = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ def flat_face(landmarks: NDArray[np.floating]) -> FlatFace:
     Args:
         landmarks: [478, 3] a typical face turned to the front; x right, y down.
     """
-    import cv2
     from scipy.spatial import Delaunay
 
     points = landmarks[:, :2].astype(np.float64)
@@ -65,13 +63,10 @@ def flat_face(landmarks: NDArray[np.floating]) -> FlatFace:
     y, x = np.mgrid[:GRID, :GRID].reshape(2, -1)
     grid = np.stack([x, y], axis=-1).astype(np.float64)
     triangle = mesh.find_simplex(grid)
-    lips = np.zeros((GRID, GRID), np.uint8)
-    cv2.fillConvexPoly(lips, cv2.convexHull(points[list(LIPS)].round().astype(np.int32)), 1)
-    lips = cv2.dilate(lips, np.ones((5, 5), np.uint8)).ravel()
     below_eyes = y > points[[*LEFT_EYE, *RIGHT_EYE], 1].max() + 1
     # The sides are where hair hangs and where a slight turn already shows what is behind.
     inner = np.abs(x - (GRID - 1) / 2) < 0.74 * (GRID - 1) / 2
-    chosen = np.flatnonzero((triangle >= 0) & (lips == 0) & below_eyes & inner)
+    chosen = np.flatnonzero((triangle >= 0) & below_eyes & inner)
     affine = mesh.transform[triangle[chosen]]
     first_two = np.einsum("pij,pj->pi", affine[:, :2], grid[chosen] - affine[:, 2])
     weights = np.concatenate([first_two, 1 - first_two.sum(axis=1, keepdims=True)], axis=1)
@@ -143,7 +138,8 @@ def covered_share(
     predictors = np.concatenate([np.ones((frames, 1)), modes[:, :count] * np.sqrt(frames), turn], axis=1)
     ridge = np.diag([1e-6, *[RIDGE * frames] * (predictors.shape[1] - 1)])
     target = even - level
-    weights = visible.astype(np.float64)
+    # The weights start from the clip's usual look, so that a cover does not get to explain itself by its own frames.
+    weights = visible / (1 + (target / CAUCHY_SCALE) ** 2)
     rest = target
     for _ in range(5):
         normal = np.einsum("tp,ti,tj->pij", weights, predictors, predictors, optimize=True) + ridge

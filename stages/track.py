@@ -35,7 +35,7 @@ LINK_GAP_FRAMES = 15
 """A face that is gone for longer starts a new track."""
 OFF_FRAME_SHARE = 0.05
 """Share of the face's outline outside the picture from which a frame counts as off-frame."""
-COVERED_ENTER, COVERED_LEAVE = 0.12, 0.08
+COVERED_ENTER, COVERED_LEAVE = 0.1, 0.08
 """Share of the face that must look wrong for an occlusion to begin, and to go on."""
 BLUR_SHARE = 0.4
 """A face with less than this share of the clip's usual detail is blurred."""
@@ -432,9 +432,10 @@ def _judge(run: StageRun, frames: FrameSet, arrays: dict[str, Any]) -> None:
     covered[detected] = covered_share(
         values[detected], visible[detected], layout, arrays["blendshapes"][detected], rotations[detected]
     )
-    # One odd frame is not an occlusion, and one clear frame does not end it.
+    # A few odd frames are not an occlusion, and one clear frame does not end it.
     steady = np.array([np.median(covered[max(0, i - 2) : i + 3]) for i in range(len(covered))])
-    arrays["occluded"] = detected & hysteresis(steady, COVERED_ENTER, COVERED_LEAVE)
+    occluded = detected & hysteresis(steady, COVERED_ENTER, COVERED_LEAVE)
+    arrays["occluded"] = occluded & ~short_runs(occluded, run.config.track.min_run_frames)
     arrays["off_frame"] = detected & (outside > OFF_FRAME_SHARE)
     clear = detected & ~arrays["occluded"] & ~arrays["off_frame"]
     usual = np.median(detail[clear if clear.any() else detected])

@@ -1,0 +1,302 @@
+"""Track finds the subject and says which frames to trust: hands, edges, blur, other people, nobody."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from face_clips import Image, decoded_subject, empty_room, face_frames, padded, stage_run
+from numpy.typing import NDArray
+
+from pipeline.assets import asset_path
+from pipeline.config import Config, DecodeConfig, TrackConfig
+from pipeline.dataset import Dataset
+from pipeline.errors import Interrupted, StageError
+from pipeline.source import register_source
+from pipeline.stage import Result, run_stage
+from stages import decode, track
+from stages.track import Face
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model() -> None:
+    """The landmark model, fetched before the stage works, as a run does."""
+    asset_path("face_landmarker")
+
+
+def tracked(folder: Path, images: list[Image], **settings: Any) -> tuple[Result, dict[str, NDArray[Any]]]:
+    subject = decoded_subject(folder / "ada", images)
+    run = stage_run(subject, folder / "work", Config(track=TrackConfig(**settings)))
+    result = track.track(run)
+    with np.load(run.work / "track.npz", allow_pickle=False) as file:
+        return result, dict(file)
+
+
+def test_one_face_in_every_frame(tmp_path: Path) -> None:
+    images = list(face_frames())
+    result, arrays = tracked(tmp_path, images)
+    count = len(images)
+    shapes = {name: (value.dtype.kind, value.shape) for name, value in arrays.items()}
+    assert shapes == {
+        "landmarks": ("f", (count, 478, 3)),
+        "landmarks_raw": ("f", (count, 478, 3)),
+        "blendshapes": ("f", (count, 52)),
+        "blendshape_names": ("U", (52,)),
+        "Ts_cam_face": ("f", (count, 4, 4)),
+        "detected": ("b", (count,)),
+        "confidence": ("f", (count,)),
+        "occluded": ("b", (count,)),
+        "off_frame": ("b", (count,)),
+        "blurred": ("b", (count,)),
+        "usable": ("b", (count,)),
+        "boxes": ("f", (count, 4)),
+    }
+    assert arrays["usable"].all()
+    assert arrays["blendshape_names"][[0, -1]].tolist() == ["browDownLeft", "tongueOut"]
+    assert not np.isnan(arrays["landmarks"]).any()
+    apart = np.linalg.norm((arrays["landmarks"] - arrays["landmarks_raw"])[..., :2], axis=-1)
+    assert np.median(apart) < 0.5
+    rotations, positions = arrays["Ts_cam_face"][:, :3, :3], arrays["Ts_cam_face"][:, :3, 3]
+    np.testing.assert_allclose(rotations @ rotations.transpose(0, 2, 1), np.tile(np.eye(3), (count, 1, 1)), atol=1e-3)
+    assert (positions[:, 2] > 0.1).all()  # in front of the camera, metres
+    assert (positions[:, 2] < 2).all()
+    # The face looks at the camera: its z comes towards it, its y goes up while the picture's goes down.
+    assert (rotations[:, 2, 2] < -0.7).all()
+    assert (rotations[:, 1, 1] < -0.7).all()
+    assert result.verdict.text.startswith("Tracking: good. 72 of 72 frames usable, face ")
+    assert (tmp_path / "work" / "overlay.jpg").is_file()
+
+
+def test_the_sample_clips_hands_are_named(tmp_path: Path) -> None:
+    subject = Dataset(tmp_path).subject("sample")
+    subject.work.mkdir(parents=True)
+    register_source(subject, asset_path("sample_clip"))
+    stages, config = [decode.STAGE, track.STAGE], Config(decode=DecodeConfig(max_fps=12))
+    run_stage(subject, decode.STAGE, stages, config)
+    manifest = run_stage(subject, track.STAGE, stages, config)
+    with np.load(subject.stage("track") / "track.npz", allow_pickle=False) as file:
+        occluded = file["occluded"]
+    times = np.array([f["time"] for f in track.FrameSet.load(subject.stage("decode")).record["frames"]])
+    hands = (times > 3.0) & (times < 9.3)
+    assert occluded[hands].mean() > 0.95
+    assert occluded[(times < 2.0) | (times > 10.0)].mean() < 0.03
+    numbers = np.flatnonzero(occluded)
+    assert f"occluded: frames {numbers[0]}-{numbers[-1]}" in manifest["verdict"]["text"]
+    assert "off-frame: frame" in manifest["verdict"]["text"]
+
+
+def test_something_over_the_face_is_flagged_and_nothing_else(tmp_path: Path) -> None:
+    images = [image.copy() for image in face_frames()]
+    _, clean = tracked(tmp_path, images[:2], min_run_frames=1)
+    x0, y0, x1, y1 = clean["boxes"][0].astype(int)
+    patch = images[0][y0 + (y1 - y0) // 4 : y0 + (y1 - y0) // 3, x0 + (x1 - x0) // 3 : x1 - (x1 - x0) // 3]
+    skin = np.median(patch.reshape(-1, 3), axis=0)
+    covered = np.zeros(len(images), bool)
+    covered[25:40] = True
+    for index in np.flatnonzero(covered):  # four skin-coloured fingers over mouth and cheek, with the dark between
+        for finger in range(4):
+            top = int(x0 + (0.15 + 0.18 * finger) * (x1 - x0)), int(y0 + 0.5 * (y1 - y0))
+            tip = int(top[0] + 0.05 * (x1 - x0)), int(y1)
+            cv2.line(images[index], top, tip, (skin * 0.35).tolist(), int(0.16 * (x1 - x0)))
+            cv2.line(images[index], top, tip, (skin * 0.9).tolist(), int(0.11 * (x1 - x0)))
+    (tmp_path / "second").mkdir()
+    result, arrays = tracked(tmp_path / "second", images)
+    assert arrays["occluded"][covered].mean() > 0.65
+    assert not arrays["occluded"][[*range(23), *range(42, 72)]].any()
+    assert not arrays["usable"][arrays["occluded"]].any()
+    assert arrays["confidence"][covered].mean() < arrays["confidence"][~covered].mean() - 0.1
+    assert "occluded: frames 2" in result.verdict.text
+
+
+def test_a_face_that_leaves_is_off_frame(tmp_path: Path) -> None:
+    room = 340
+    images = []
+    for index, image in enumerate(face_frames()):
+        shift = max(0, index - 30) * 8
+        wide = padded(image, left=room, right=room)
+        images.append(np.ascontiguousarray(wide[:, room + shift : room + shift + 640]))
+    _, arrays = tracked(tmp_path, images)
+    left = arrays["boxes"][:, 0]
+    assert arrays["usable"][:31].all()
+    assert not arrays["usable"][left < -10].any()
+    assert (arrays["off_frame"] | ~arrays["detected"])[left < -10].all()
+
+
+def test_blurred_frames_are_flagged(tmp_path: Path) -> None:
+    images = list(face_frames())[:40]
+    for index in range(10, 14):
+        images[index] = cv2.blur(images[index], (13, 1))
+    result, arrays = tracked(tmp_path, images)
+    assert np.flatnonzero(arrays["blurred"]).tolist() == [10, 11, 12, 13]
+    assert "blurred: frames 10-13" in result.verdict.text
+
+
+def test_of_two_people_the_one_who_stays_is_taken(tmp_path: Path) -> None:
+    images = []
+    for index, image in enumerate(face_frames()[:40]):
+        other = empty_room() if index > 15 else image[:, ::-1]
+        images.append(np.concatenate([other, image], axis=1))
+    result, arrays = tracked(tmp_path, images)
+    assert arrays["detected"].all()
+    assert (arrays["boxes"][:, 0] > 640).all()
+    assert "2 faces were seen, the one that is there longest was taken" in result.verdict.text
+    assert result.metrics["faces"] == 2
+
+
+def test_a_small_face_is_found_in_crops(tmp_path: Path) -> None:
+    images = []
+    for image in face_frames()[:8]:
+        small = cv2.resize(image, None, fx=0.45, fy=0.45, interpolation=cv2.INTER_AREA)
+        images.append(padded(small, left=900, top=700, right=100, bottom=100))
+    result, arrays = tracked(tmp_path, images)
+    assert arrays["detected"].all()
+    assert (arrays["boxes"][:, 0] > 900).all()
+    assert "under 100 px a face shows little detail, film closer" in result.verdict.text
+
+
+def test_no_face_is_a_message_not_a_guess(tmp_path: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        tracked(tmp_path, [empty_room()] * 12)
+    assert caught.value.what == "No face in the 12 frames of 'ada' (0.0 to 0.4 s of the video)."
+    assert caught.value.fix == (
+        "film one person who faces the camera, in good light, the face at least 100 pixels wide, and run that"
+    )
+
+
+def test_a_face_for_three_frames_only_is_too_little(tmp_path: Path) -> None:
+    images = [empty_room()] * 8 + list(face_frames()[:3]) + [empty_room()] * 8
+    with pytest.raises(StageError) as caught:
+        tracked(tmp_path, images)
+    assert caught.value.what == (
+        "A face is seen in only 3 of the 19 frames of 'ada' (0.0 to 0.6 s of the video), never in 5 in a row."
+    )
+
+
+def test_without_a_face_the_other_shots_are_named(tmp_path: Path) -> None:
+    subject = decoded_subject(tmp_path / "ada", [empty_room()] * 6, shots=[[0, 5], [6, 65], [66, 80]])
+    with pytest.raises(StageError) as caught:
+        track.track(stage_run(subject, tmp_path / "work"))
+    assert caught.value.fix == (
+        "the video has 2 other shots; take the longest of them with "
+        "--set decode.start_seconds=0.2 --set decode.end_seconds=2.16667"
+    )
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(track, "CHUNK", 8)
+    subject = decoded_subject(tmp_path / "ada", list(face_frames()[:20]))
+    seen = [0]
+
+    def stop() -> bool:
+        seen[0] += 1
+        return seen[0] > 2
+
+    work = tmp_path / "work"
+    with pytest.raises(Interrupted):
+        track.track(stage_run(subject, work, stop_requested=stop))
+    calls = [0]
+    detect = track.Detector.detect
+
+    def counting(self: track.Detector, *arguments: Any) -> list[Face]:
+        calls[0] += 1
+        return detect(self, *arguments)
+
+    monkeypatch.setattr(track.Detector, "detect", counting)
+    track.track(stage_run(subject, work))
+    assert calls[0] == 4  # 16 of 20 frames were there
+    whole = tmp_path / "whole"
+    track.track(stage_run(subject, whole))
+    for name in ("track.npz", "overlay.jpg"):
+        assert (work / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_missing_system_libraries_name_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mediapipe.tasks.python import vision
+
+    def fail(options: Any) -> Any:
+        raise OSError("libEGL.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(vision, "FaceLandmarker", SimpleNamespace(create_from_options=fail))
+    with pytest.raises(StageError) as caught:
+        tracked(tmp_path, [empty_room()] * 2)
+    assert caught.value.what == "The face tracker cannot start: libEGL.so.1: cannot open shared object file."
+    assert caught.value.fix == "it needs two system libraries, run: apt-get install libegl1 libgles2"
+
+
+def test_a_missing_model_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADCAST_CACHE", str(tmp_path / "nothing"))
+    with pytest.raises(StageError, match="is not on this machine") as caught:
+        tracked(tmp_path, [empty_room()] * 2)
+    assert caught.value.fix == "run: headcast assets fetch face_landmarker"
+
+
+def test_nothing_is_written_to_standard_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracked(tmp_path, list(face_frames()[:6]))
+    assert capfd.readouterr().err == ""
+    print("still here", file=sys.stderr)  # noqa: T201
+    assert capfd.readouterr().err == "still here\n"
+
+
+def face_at(x: float, y: float, size: float = 50) -> Face:
+    corners = np.zeros((478, 3), np.float32)
+    corners[:, 0], corners[:, 1] = (
+        np.linspace(x - size / 2, x + size / 2, 478),
+        np.linspace(y - size / 2, y + size / 2, 478),
+    )
+    return Face(corners, np.zeros(52, np.float32), np.eye(4, dtype=np.float32))
+
+
+def test_faces_that_cross_are_not_swapped() -> None:
+    seen = [[face_at(100 + 8 * i, 100), face_at(300 - 8 * i, 190)] for i in range(26)]
+    tracks = track.link_faces(seen)
+    assert [len(t.faces) for t in tracks] == [26, 26]
+    assert tracks[0].faces[25].box[0] == pytest.approx(275)
+
+
+def test_a_short_gap_is_bridged_and_a_jump_is_not() -> None:
+    seen = [[face_at(100, 100)] if not 4 <= i < 9 else [] for i in range(20)] + [[face_at(400, 100)]] * 5
+    assert [len(t.faces) for t in track.link_faces(seen)] == [15, 5]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "longest"), [([], 0), ([4], 1), ([1, 2, 3, 9, 10], 3), ([1, 3, 5], 1), ([0, 1, 5, 6, 7, 8], 4)]
+)
+def test_longest_run(numbers: list[int], longest: int) -> None:
+    assert track.longest_run(np.array(numbers, np.int64)) == longest
+
+
+def test_runs_and_hysteresis() -> None:
+    flags = np.array([1, 1, 0, 1, 1, 1, 0, 1], bool)
+    assert track.short_runs(flags, 3).tolist() == [True, True, False, False, False, False, False, True]
+    values = np.array([0, 0.09, 0.2, 0.1, 0, 0.1, 0.1, 0])
+    assert track.hysteresis(values, 0.15, 0.08).tolist() == [False, True, True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("curve", [lambda t: 3 + 2 * t, lambda t: 1 - t + 5 * t**2])
+def test_smoothing_keeps_lines_and_parabolas_at_uneven_times(curve: Callable[[Any], Any]) -> None:
+    times = np.cumsum(np.random.default_rng(0).uniform(0.01, 0.06, 60))
+    values = curve(times)[:, None]
+    np.testing.assert_allclose(track.smooth(values, times, np.ones(60, bool), 0.05), values, atol=1e-9)
+
+
+def test_smoothing_lowers_noise_without_delay_and_respects_gaps() -> None:
+    rng = np.random.default_rng(1)
+    times = np.arange(200) / 30
+    truth = np.sin(2 * np.pi * times)
+    noisy = truth + rng.normal(0, 0.1, 200)
+    valid = np.ones(200, bool)
+    even = track.smooth(noisy[:, None], times, valid, 0.1)[:, 0]
+    assert np.std(even - truth) < 0.6 * np.std(noisy - truth)
+    shifts = [np.corrcoef(np.roll(even, shift)[20:-20], truth[20:-20])[0, 1] for shift in range(-3, 4)]
+    assert int(np.argmax(shifts)) == 3
+    valid[100] = False
+    step = np.where(times < times[100], 0.0, 1.0)
+    split = track.smooth(step[:, None], times, valid, 0.1)[:, 0]
+    np.testing.assert_allclose(split[valid], step[valid], atol=1e-9)
+    np.testing.assert_array_equal(track.smooth(noisy[:, None], times, valid, 0.0)[:, 0], noisy)
