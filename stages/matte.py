@@ -252,7 +252,8 @@ def single_threaded_opencv() -> Iterator[None]:
 class Jitter:
     """How far the boundary jumps to and fro between frames, in pixels.
 
-    The second difference over time of the alpha, whose steady motion cancels, over the length of the boundary.
+    The second difference over time of the alpha over the length of the boundary: slow steady motion cancels, of motion
+    by more than the edge's own softness a part counts.
     """
 
     def __init__(self) -> None:
