@@ -16,7 +16,7 @@ landmarks. A residual is whitened by the landmark's expected error in metres, se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -37,28 +37,44 @@ if TYPE_CHECKING:
 
 POSE = 6
 
+# MediaPipe's landmarks: pairs on the upper and lower lid, and the eye's corners.
+EYELIDS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[int, int]]] = {
+    "eyeBlinkLeft": (((386, 374), (385, 380), (387, 373)), (263, 362)),
+    "eyeBlinkRight": (((159, 145), (158, 153), (160, 144)), (33, 133)),
+}
+LIDS_OPEN, LIDS_CLOSED = 0.85, 0.17  # gap, in units of the usual one, from which lids begin to close, and are closed
+UNUSABLE_WEIGHT = 0.05  # of a frame that is occluded, blurred or partly outside the picture
+
 # Expected errors ("standard deviations") of what is measured, and of what the priors say. Lengths in metres.
 DETECTION_M = 0.5e-3  # a landmark's error besides what its embedding wanders
 NOISE_SHARE = 0.2  # share of a landmark's expected error that is left once offsets are known
-DEPTH_M = 8e-3  # MediaPipe's relative depth
+DEPTH_M = 8e-3  # MediaPipe's relief
 HUBER = 3.0  # whitened residual from which a landmark counts linearly (Huber, 1964)
+
+# Priors about the subject. They count once per frame, as the data do: what a model gets wrong about a face is the same
+# in every frame and does not average out, and without this a long clip would shrink and tilt the head to explain it.
 FOCAL_LOG = 0.02  # log focal length about its prior
-IDENTITY = 0.4  # identity about 0, in half ranges of each coefficient
-SHAPE_OFFSET_M = 0.5e-3  # offset of an expression's shape at a landmark
-# Priors about the subject count this often per frame: what the model gets wrong does not average out over frames.
-PRIOR_SHARE = 0.1
-SCORE = 0.3  # expression about MediaPipe's scores
+SIZE = 0.005  # relative size of the face about the average one's: perspective tells too little of it
+IDENTITY = 0.1  # identity about 0, in half ranges of each coefficient
+SHAPE_OFFSET_M = 3e-3  # offset of an expression's shape at a landmark
+
+# Expression about MediaPipe's scores: at least, and per unit of the highest score in the clip. Blinks are read off the
+# lids; gaze shapes hardly move landmarks.
+SCORE_LEAST, SCORE_SHARE = 0.03, 0.15
+BLINK = 0.02
+GAZE_SHAPE = 0.03
+DISTRUST = 1e-3
 
 # Motion priors: standard deviation of speed and acceleration, as white noise sampled at 30 Hz.
 REFERENCE_HZ = 30.0
 SPEED = {"rotation": 3.0, "translation": 0.5, "expression": 8.0, "gaze": 10.0}  # rad/s, m/s, 1/s, rad/s
 ACCELERATION = {"rotation": 20.0, "translation": 3.0, "expression": 300.0, "gaze": 300.0}
-SUBJECT_FRAMES = 100
+SUBJECT_FRAMES = 60
 CHUNK = 64
 ACTIVE_SET_ROUNDS = 4
 MAX_DAMPINGS = 8
-SUBJECT_ITERATIONS = 12
-MOTION_ITERATIONS = 6
+SUBJECT_ITERATIONS = 8
+MOTION_ITERATIONS = 4
 GAZE_ITERATIONS = 4
 STEPS = SUBJECT_ITERATIONS + MOTION_ITERATIONS + GAZE_ITERATIONS
 
@@ -99,6 +115,12 @@ class LandmarkHead:
     """Indices of the expressions that close the left and the right eye."""
 
     @property
+    def size(self) -> Floats:
+        """[S] relative growth of the face (rms distance of its landmarks from their mean) with each coefficient."""
+        mean = self.mean[self.face] - self.mean[self.face].mean(0)
+        return np.einsum("li,sli->s", mean, self.identity[:, self.face]) / np.square(mean).sum()
+
+    @property
     def face(self) -> NDArray[np.bool_]:
         """[L] landmarks that move with the skull and the expression, not with an eye."""
         return self.eye < 0
@@ -137,6 +159,26 @@ def reduce_to_landmarks(head: HeadModel) -> LandmarkHead:
     )
 
 
+def closed_lids(
+    landmarks: Floats, lids: Sequence[tuple[int, int]], corners: tuple[int, int], usable: NDArray[np.bool_]
+) -> Floats:
+    """How far an eye is closed [T], 0 to 1, by the gap between its lids against the clip's usual one.
+
+    MediaPipe's blink score stops at 0.5 to 0.8 for closed eyes and differs between people; its lid landmarks do meet.
+
+    Args:
+        landmarks: [T, L, 3].
+        lids: pairs of landmarks, upper and lower lid.
+        corners: of the eye; their distance makes the gap independent of scale.
+        usable: [T] frames that tell the usual gap.
+    """
+    upper, lower = np.array(lids).T
+    gap = np.linalg.norm(landmarks[:, upper, :2] - landmarks[:, lower, :2], axis=2).mean(1)
+    gap = gap / np.linalg.norm(landmarks[:, corners[0], :2] - landmarks[:, corners[1], :2], axis=1)
+    ratio = gap / np.median(gap[usable])
+    return ((LIDS_OPEN - ratio) / (LIDS_OPEN - LIDS_CLOSED)).clip(0, 1)
+
+
 @dataclass(frozen=True)
 class Observations:
     """What a clip of T frames shows."""
@@ -146,12 +188,54 @@ class Observations:
     landmarks: Floats
     """[T, L, 3] x and y in pixels, and MediaPipe's z; rows of frames without weight are not read."""
     scores: Floats
-    """[T, E] MediaPipe's expression scores in [0, 1]."""
+    """[T, E] first guess at the expression, in [0, 1]."""
+    scores_sigma: Floats
+    """[E] expected error of the guess."""
     weights: Floats
     """[T] trust in a frame: 1 usable, 0 nothing seen."""
     width: int
     height: int
     focal_prior_px: float
+
+    @classmethod
+    def of(
+        cls,
+        times: Floats,
+        landmarks: Floats,
+        scores: Floats,
+        expression_names: Sequence[str],
+        detected: NDArray[np.bool_],
+        usable: NDArray[np.bool_],
+        size: tuple[int, int],
+        focal_ratio: float,
+    ) -> Observations:
+        """A clip as a fit sees it.
+
+        Args:
+            times: [T] seconds.
+            landmarks: [T, L, 3] of the detector, unsmoothed.
+            scores: [T, E] MediaPipe's, in the order of `expression_names`.
+            expression_names: the head model's.
+            detected: [T] frames with a face; the values of others are not read.
+            usable: [T] frames to trust; needs at least one.
+            size: width and height of the frames.
+            focal_ratio: expected focal length in units of the longer side.
+        """
+        usable = usable & detected
+        names = list(expression_names)
+        # Each score has a resting level of its own on every face.
+        guess = np.clip(scores - np.percentile(scores[usable], 5, axis=0), 0, 1)
+        sigma = SCORE_LEAST + SCORE_SHARE * np.percentile(guess[usable], 98, axis=0)
+        for index, name in enumerate(names):
+            if name.startswith("eyeLook"):
+                guess[:, index], sigma[index] = scores[:, index], GAZE_SHAPE
+        for name, (lids, corners) in EYELIDS.items():
+            guess[:, names.index(name)] = closed_lids(landmarks, lids, corners, usable)
+            sigma[names.index(name)] = BLINK
+        seen = np.flatnonzero(detected)
+        guess = np.stack([np.interp(times, times[seen], column[seen]) for column in guess.T], 1)
+        weights = np.where(usable, 1.0, np.where(detected, UNUSABLE_WEIGHT, 0.0))
+        return cls(times, landmarks, guess, sigma, weights, *size, focal_ratio * max(size))
 
     @property
     def centre(self) -> Floats:
@@ -384,13 +468,24 @@ def _face_residuals(
     error_m[:, 2] = DEPTH_M
     trust = np.sqrt(observations.weights[frames])
     whitening = (trust / px_per_m)[:, None, None] / error_m
-    seen = observations.landmarks[frames][:, face]
+    seen = np.where(trust[:, None, None] > 0, observations.landmarks[frames][:, face], head.mean[face])
     residuals = np.empty_like(cam)
     residuals[..., :2] = state.focal_px * cam[..., :2] / cam[..., 2:] + observations.centre - seen[..., :2]
     depth = px_per_m[:, None] * turned[..., 2] - seen[..., 2] / state.depth_scale
-    residuals[..., 2] = depth - depth.mean(1, keepdims=True)
+    residuals[..., 2] = _without_plane(depth, seen)
     residuals = np.where(trust[:, None, None] > 0, residuals * whitening, 0)
     return _FaceResiduals(residuals, whitening, turned, cam, px_per_m)
+
+
+def _without_plane(depth: Floats, pixels: Floats) -> Floats:
+    """`depth` [n, M] less the plane over the image that fits each frame's best.
+
+    MediaPipe's z is tilted by several degrees against the head; what it tells is relief.
+    """
+    plane = pixels[..., :2] - pixels[..., :2].mean(1, keepdims=True)
+    plane = np.concatenate([plane, np.ones_like(plane[..., :1])], 2)
+    plane_T = np.swapaxes(plane, 1, 2)
+    return depth - (plane @ np.linalg.solve(plane_T @ plane, plane_T @ depth[..., None]))[..., 0]
 
 
 def _huber(size: Floats) -> float:
@@ -419,7 +514,7 @@ def _move_frames(state: FitState, frames: NDArray[np.int64], step: Floats) -> Fi
 
 def _score_prior(observations: Observations, state: FitState, frames: NDArray[np.int64]) -> tuple[Floats, Floats]:
     """Expression about MediaPipe's scores: residuals [n, E], their scale [n, 1]; vague where distrusted."""
-    sigma = SCORE / np.sqrt(np.maximum(observations.weights[frames], 1e-3))[:, None]
+    sigma = observations.scores_sigma / np.sqrt(np.maximum(observations.weights[frames], DISTRUST))[:, None]
     return (state.expression[frames] - observations.scores[frames]) / sigma, sigma
 
 
@@ -621,10 +716,13 @@ def _subject_system(
         H_subject[1:, 1:] += shapes.reshape(-1, Q - 1).T @ (information @ shapes).reshape(-1, Q - 1)
     H_subject[1:, 0] = H_subject[0, 1:]
     _add_score_prior(observations, state, frames, H_frames, g_frames)
-    sigma = np.concatenate([[FOCAL_LOG], _identity_sigma(head)]) / np.sqrt(n * PRIOR_SHARE)
+    sigma = np.concatenate([[FOCAL_LOG], _identity_sigma(head)]) / np.sqrt(n)
     from_prior = np.concatenate([[np.log(state.focal_px / observations.focal_prior_px)], state.identity])
     H_subject[np.diag_indices(Q)] += 1 / sigma**2
     g_subject += from_prior / sigma**2
+    size = head.size / (SIZE / np.sqrt(n))
+    H_subject[1:, 1:] += np.outer(size, size)
+    g_subject[1:] += size * (size @ state.identity)
     return _ArrowSystem(H_frames, mixed, H_subject, np.concatenate([g_frames.reshape(-1), g_subject]))
 
 
@@ -658,8 +756,9 @@ def _subject_cost(head: LandmarkHead, observations: Observations, state: FitStat
     identity = state.identity / _identity_sigma(head)
     focal = np.log(state.focal_px / observations.focal_prior_px) / FOCAL_LOG
     offsets = state.offsets[:, head.face] / _offset_sigma(head)[..., None]
-    once = np.square(identity).sum() + focal**2 + np.square(offsets).sum()
-    prior = 0.5 * (np.square(score).sum() + len(frames) * PRIOR_SHARE * once)
+    size = head.size @ state.identity / SIZE
+    once = np.square(identity).sum() + size**2 + focal**2 + np.square(offsets).sum()
+    prior = 0.5 * (np.square(score).sum() + len(frames) * once)
     return _data_cost(head, observations, state, frames) + float(prior)
 
 
@@ -678,7 +777,8 @@ def _depth_scale(head: LandmarkHead, observations: Observations, state: FitState
     parts = _face_residuals(head, observations, state, frames)
     depth = parts.px_per_m[:, None] * parts.turned[..., 2]
     seen = observations.landmarks[frames][:, head.face, 2]
-    depth, seen = depth - depth.mean(1, keepdims=True), seen - seen.mean(1, keepdims=True)
+    pixels = observations.landmarks[frames][:, head.face]
+    depth, seen = _without_plane(depth, pixels), _without_plane(seen, pixels)
     return float(np.clip((depth * seen).sum() / np.square(depth).sum(), 0.5, 2))
 
 
@@ -697,7 +797,7 @@ def _with_best_offsets(
         products = (basis[:, :, None] * basis[:, None]).reshape(len(chunk), -1)
         curvature += (by_point_T @ linear.by_point).reshape(len(chunk), -1).T @ products
         gradient += basis.T @ (by_point_T @ linear.residuals[..., None]).reshape(len(chunk), -1)
-    prior = len(frames) * PRIOR_SHARE / np.square(_offset_sigma(head)).T
+    prior = len(frames) / np.square(_offset_sigma(head)).T
     H = curvature.reshape(M, 3, 3, Z, Z).transpose(0, 3, 1, 4, 2).reshape(M, Z * 3, Z * 3)
     index = np.arange(Z * 3)
     H[:, index, index] += np.repeat(prior, 3, 1)
@@ -898,8 +998,8 @@ def training_crop(boxes: Floats, width: int, height: int, margin: float) -> tupl
     """The square (x0, y0, side) in whole pixels that holds the head over the clip, with hair, chin and shoulders.
 
     A frame that is about square and that the grown head needs most of is taken whole (its larger side). Else the
-    square is as large as the boxes of the head grown by `margin` of their height on every side, and no larger than the
-    frame's shorter side where that still holds the head itself; it is moved inside the frame where it fits.
+    square is as large as the boxes of the head grown by `margin` of their height on every side, but not larger than the
+    frame's shorter side, unless the head itself needs more; it is moved inside the frame where it fits.
 
     Args:
         boxes: [n, 4] x0, y0, x1, y1 of the fitted head without hair, in usable frames.
@@ -908,17 +1008,15 @@ def training_crop(boxes: Floats, width: int, height: int, margin: float) -> tupl
     """
     low, high = np.percentile(boxes[:, :2], 2, axis=0), np.percentile(boxes[:, 2:], 98, axis=0)
     room = margin * float(np.median(boxes[:, 3] - boxes[:, 1]))
-    x0, y0, x1, y1 = (*(low - room), *(high + room))
-    side = max(x1 - x0, y1 - y0)
+    middle, head_side = (low + high) / 2, float(np.max(high - low))
+    side = head_side + 2 * room
     longer, shorter = max(width, height), min(width, height)
     if longer <= SQUARE_RATIO * shorter and side >= WHOLE_SHARE * shorter:
         return (width - longer) // 2, (height - longer) // 2, longer
-    if side > shorter >= max(*(high - low)):
-        side = shorter
-    side = round(side)
+    side = round(min(side, max(shorter, head_side)))
     corner = []
-    for middle, size in (((x0 + x1) / 2, width), ((y0 + y1) / 2, height)):
-        start = round(middle - side / 2)
+    for centre, size in zip(middle, (width, height), strict=True):
+        start = round(float(centre) - side / 2)
         corner.append(min(max(start, 0), size - side) if side <= size else (size - side) // 2)
     return corner[0], corner[1], side
 

@@ -21,7 +21,6 @@ SCHEMA = 1
 CHECKPOINT = "state.npz"
 MIN_FRAMES = 3
 GOOD_FRAMES = 30
-UNUSABLE_WEIGHT = 0.05
 # Median and 95th percentile of the landmark error, as shares of the face's width, up to which a fit is good or fair.
 GOOD_ERROR, FAIR_ERROR = (0.003, 0.012), (0.008, 0.03)
 VIDEO_FRAMES = 600
@@ -48,7 +47,7 @@ def fit(run: StageRun) -> Result:
 
     import numpy as np
 
-    from pipeline.fitting import STEPS, FitState, fit_head, reduce_to_landmarks, reprojection_errors
+    from pipeline.fitting import STEPS, FitState, Observations, fit_head, reduce_to_landmarks, reprojection_errors
     from pipeline.frames import FrameSet
     from pipeline.heads import load_head
 
@@ -62,7 +61,16 @@ def fit(run: StageRun) -> Result:
             f"fitting needs {MIN_FRAMES}.",
             "film the face from the front, lit evenly, unhidden and inside the picture for some seconds",
         )
-    observations = _observe(track, frames, settings.focal_prior)
+    observations = Observations.of(
+        frames.times,
+        track.landmarks,
+        track.scores,
+        head.expression_names,
+        track.detected,
+        track.usable,
+        (frames.width, frames.height),
+        settings.focal_prior,
+    )
     landmark_head = reduce_to_landmarks(head)
     checkpoint = run.scratch / CHECKPOINT
     state = FitState.load(checkpoint) if checkpoint.exists() else None
@@ -126,27 +134,6 @@ def _read_track(run: StageRun, head: HeadModel, count: int) -> _Track:
     return _Track(landmarks, np.stack(ordered, 1), detected, usable & detected)
 
 
-def _observe(track: _Track, frames: FrameSet, focal_prior: float) -> Observations:
-    """The clip as the fit sees it. Scores of frames without a face are interpolated over time."""
-    import numpy as np
-
-    from pipeline.fitting import Observations
-
-    seen = np.flatnonzero(track.detected)
-    scores = np.stack(
-        [np.interp(frames.times, frames.times[seen], track.scores[seen, e]) for e in range(track.scores.shape[1])], 1
-    )
-    return Observations(
-        times=frames.times,
-        landmarks=track.landmarks,
-        scores=scores,
-        weights=np.where(track.usable, 1.0, np.where(track.detected, UNUSABLE_WEIGHT, 0.0)),
-        width=frames.width,
-        height=frames.height,
-        focal_prior_px=focal_prior * max(frames.width, frames.height),
-    )
-
-
 def _write_fit(
     run: StageRun,
     head: HeadModel,
@@ -165,17 +152,20 @@ def _write_fit(
     from pipeline.frames import contact_sheet, evenly, save_image
     from pipeline.geometry import make_rigid, project_points, transform_points
     from pipeline.overlay import front_and_side, overlay, plot_curves
+    from pipeline.personal import personalise
     from pipeline.video import write_video
 
     K, T = state.intrinsics(observations), len(frames)
     R_torso, neck = torso_motion(frames.times, state.rotations, observations.weights)
     Ts_cam_head = state.Ts_cam_head
+    offsets = state.offsets.astype(np.float32)
+    own = personalise(head, offsets[0], offsets[1:])
     on_head = head.regions["head"]
     head_faces = head.faces[on_head[head.faces].all(1)]
 
     def vertices_cam(indices: NDArray[np.int64]) -> NDArray[np.float64]:
         with torch.no_grad():
-            posed = head.vertices(
+            posed = own.vertices(
                 torch.from_numpy(state.identity.astype(np.float32)),
                 torch.from_numpy(state.expression[indices].astype(np.float32)),
                 torch.from_numpy(neck[indices].astype(np.float32)),
@@ -200,8 +190,8 @@ def _write_fit(
         identity=state.identity.astype(np.float32),
         expression=state.expression.astype(np.float32),
         expression_names=np.array(head.expression_names),
-        landmark_offsets=state.offsets[0].astype(np.float32),
-        expression_offsets=state.offsets[1:].astype(np.float32),
+        landmark_offsets=offsets[0],
+        expression_offsets=offsets[1:],
         usable=track.usable,
         residual_px=np.median(errors, 1).astype(np.float32),
         head=np.array(head.name),
@@ -220,7 +210,7 @@ def _write_fit(
     }
     write_json(run.work / "cameras.json", cameras)
     identity = state.identity.astype(np.float32)
-    neutral = head.template + np.tensordot(identity, head.identity_basis, 1)
+    neutral = own.template + np.tensordot(identity, head.identity_basis, 1)
     _write_obj(run.work / "neutral.obj", neutral, head.faces)
     save_image(run.work / "neutral.jpg", front_and_side(neutral, head_faces), 90)
 
@@ -302,4 +292,4 @@ def _verdict(metrics: dict[str, Any], track: _Track) -> Verdict:
     return Verdict(level, f"Fit: {level}. {'; '.join(parts)}.", "overlay.jpg")
 
 
-STAGE = Stage("fit", 1, ("decode", "track"), fit, description="camera, head shape, poses and expressions")
+STAGE = Stage("fit", 2, ("decode", "track"), fit, description="camera, head shape, poses and expressions")
