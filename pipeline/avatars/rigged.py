@@ -3,7 +3,9 @@
 What the mesh knows is not learned again: each Gaussian is bound to a triangle of the fitted head, follows the
 expression shapes of that triangle (interpolated, fixed), and is skinned to head, torso and eyes like the head model,
 except that the share of head and torso is learned. On top come K learned vectors over mean, rotation, scale, colour
-and opacity, weighted by a tiny network of expression, pose and gaze: wrinkles, shading, hair, what the mesh lacks.
+and opacity, weighted by a tiny network of expression, pose and gaze: wrinkles, shading, hair, what the mesh lacks. And
+a small rigid twist of head and torso, linear in the same features: what the fit's poses get wrong in the same way
+whenever the same expression or pose comes back.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pipeline.geometry import (
     matrix_to_rotvec,
     quaternion_multiply,
     rotvec_to_matrix,
+    skew,
 )
 from pipeline.mesh_render import Raster, interpolate, rasterize_mesh
 
@@ -37,6 +40,10 @@ if TYPE_CHECKING:
 # to one learning rate.
 _BASIS_UNITS = (0.02,) * 3 + (0.3,) * 3 + (0.5,) * 3 + (0.5,) * 3 + (2.0,)
 _MEAN, _ROTATION, _SCALE, _COLOR, _OPACITY = slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12), 12
+
+# The same for a joint's twist: radians and metres; and which of the two twists (head, torso) turns each joint.
+_TWIST_UNITS = (0.02,) * 3 + (0.005,) * 3
+_TWISTED = [0, 1, 0, 0]
 
 # Conditions beyond this many standard deviations of the training clip are held there: what was never seen must not
 # steer the network.
@@ -55,7 +62,7 @@ class Prepared(NamedTuple):
     features: Tensor
     """[T,D] input of the network."""
     rotations: Tensor
-    """[T,3,4*3] transposed rotations of the four joints side by side, for one product with all rest points."""
+    """[T,4,3,3] of the joints."""
     translations: Tensor
     """[T,4,3]."""
     quats: Tensor
@@ -94,6 +101,7 @@ class RiggedAvatar(AvatarModel):
     neutral_T_cam_torso: Tensor
     neutral_eyes: Tensor
     units: Tensor
+    twist_units: Tensor
     follow: Tensor
 
     def __init__(
@@ -111,6 +119,7 @@ class RiggedAvatar(AvatarModel):
         self.register_buffer("neutral_T_cam_torso", torch.eye(4))
         self.register_buffer("neutral_eyes", torch.zeros(2, 3))
         self.register_buffer("units", torch.tensor(_BASIS_UNITS), persistent=False)
+        self.register_buffer("twist_units", torch.tensor(_TWIST_UNITS), persistent=False)
         self.register_buffer("follow", _following(rig), persistent=False)
         self.means = nn.Parameter(torch.zeros(n, 3))
         self.quats = nn.Parameter(torch.tensor([1.0, 0, 0, 0]).repeat(n, 1))
@@ -120,6 +129,7 @@ class RiggedAvatar(AvatarModel):
         self.torso_logits = nn.Parameter(torch.zeros(n))
         self.basis = nn.Parameter(torch.zeros(basis_size, n * len(_BASIS_UNITS)))
         self.driver = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, basis_size))
+        self.twists = nn.Linear(features, 12)
 
     @property
     def count(self) -> int:
@@ -143,7 +153,7 @@ class RiggedAvatar(AvatarModel):
         return Prepared(
             conditions.expression,
             features.clamp(-_FEATURE_LIMIT, _FEATURE_LIMIT),
-            transforms[..., :3, :3].permute(0, 3, 1, 2).flatten(2).contiguous(),
+            transforms[..., :3, :3],
             transforms[..., :3, 3],
             torch.where(same_side, -quats, quats),
         )
@@ -156,11 +166,18 @@ class RiggedAvatar(AvatarModel):
         rest = self.means + ridden[:, :3] + learned[:, _MEAN]
         turn = 0.5 * (ridden[:, 3:] + learned[:, _ROTATION])
         joints = self.joint_weights()
-        posed = (rest @ prepared.rotations).view(n, 4, 3) + prepared.translations
+        twists = self.twists(prepared.features).view(2, 6)[_TWISTED] * self.twist_units
+        nudge = torch.eye(3, device=rest.device) + skew(twists[:, :3])
+        rotations = prepared.rotations @ nudge
+        translations = prepared.translations + (prepared.rotations @ twists[:, 3:, None]).squeeze(-1)
+        posed = (rest @ rotations.permute(2, 0, 1).reshape(3, 12)).view(n, 4, 3) + translations
         means = (joints[:, :, None] * posed).sum(1)
         # A small rotation vector is twice the vector part of its quaternion; the rasteriser normalises.
         small = torch.cat([torch.ones_like(turn[:, :1]), turn], 1)
-        quats = quaternion_multiply(joints @ prepared.quats, quaternion_multiply(small, self.quats))
+        half = torch.cat([torch.ones_like(twists[:, :1]), 0.5 * twists[:, :3]], 1)
+        quats = quaternion_multiply(
+            joints @ quaternion_multiply(prepared.quats, half), quaternion_multiply(small, self.quats)
+        )
         return Gaussians(
             means,
             quats,
@@ -186,6 +203,7 @@ class RiggedAvatar(AvatarModel):
             ParameterGroup("torso", [self.torso_logits], 2e-2, 2e-3),
             ParameterGroup("basis", [self.basis], 2e-3, 2e-4),
             ParameterGroup("driver", list(self.driver.parameters()), 2e-3, 2e-4),
+            ParameterGroup("twists", list(self.twists.parameters()), 2e-3, 2e-4),
         ]
 
     def settings(self) -> dict[str, Any]:
@@ -267,6 +285,8 @@ class RiggedAvatar(AvatarModel):
                 if isinstance(layer, nn.Linear):
                     layer.weight.normal_(0, 1 / math.sqrt(layer.in_features), generator=generator)
                     layer.bias.zero_()
+            avatar.twists.weight.zero_()
+            avatar.twists.bias.zero_()
         return avatar
 
 
