@@ -112,28 +112,28 @@ class Network:
             save_image(path, self._shown(self._frames.image(index), padding))
         return _read_grey(path)
 
-    def fill(self, present: NDArray[np.bool_], padding: float) -> None:
-        """Have an alpha ready for every frame with the person in it: the network's at key frames, between them flow's.
+    def ask(self, wanted: list[tuple[int, float]]) -> None:
+        """Have the network's answers for these frames and borders ready."""
+        self._side_by_side(lambda one: self.alpha(*one), [one for one in wanted if not self.known(*one)])
 
-        Frames are worked on side by side, each by one thread: that takes less time than many threads for a frame.
-        """
+    def fill(self, present: NDArray[np.bool_], padding: float) -> None:
+        """Have an alpha ready for every frame with the person: the network's at key frames, between them flow's."""
         keys = key_frames(present, self._run.config.matte.key_every)
         between = sorted(set(np.flatnonzero(present).tolist()) - set(keys))
-        missing = [i for i in [*keys, *between] if not self.known(i, padding)]
-        count = len(keys) + len(between)
-        with (
-            single_threaded_opencv(),
-            ThreadPoolExecutor(self._run.threads) as pool,
-            self._run.reporter.task("matte", count, "frames", count - len(missing)) as task,
-        ):
-            for group, work in (
-                (keys, partial(self.alpha, padding=padding)),
-                (between, partial(self._carried, padding=padding, keys=keys)),
-            ):
-                todo = [i for i in group if not self.known(i, padding)]
-                for first in range(0, len(todo), self._run.threads):
-                    self._run.check_stop()
-                    task.advance(len(list(pool.map(work, todo[first : first + self._run.threads]))))
+        missing = [[i for i in group if not self.known(i, padding)] for group in (keys, between)]
+        count, left = len(keys) + len(between), sum(map(len, missing))
+        with self._run.reporter.task("matte", count, "frames", count - left) as task:
+            self._side_by_side(partial(self.alpha, padding=padding), missing[0], task.advance)
+            self._side_by_side(partial(self._carried, padding=padding, keys=keys), missing[1], task.advance)
+
+    def _side_by_side(
+        self, work: Callable[[Any], Any], todo: list[Any], advance: Callable[[int], None] = lambda count: None
+    ) -> None:
+        """Work on several frames at once, each with one thread: that takes less time than many threads for a frame."""
+        with single_threaded_opencv(), ThreadPoolExecutor(self._run.threads) as pool:
+            for first in range(0, len(todo), self._run.threads):
+                self._run.check_stop()
+                advance(len(list(pool.map(work, todo[first : first + self._run.threads]))))
 
     def _carried(self, index: int, padding: float, keys: list[int]) -> None:
         """Write the alpha of a frame between two key frames; the network's where the two sides disagree."""
@@ -319,14 +319,15 @@ def _choose_padding(run: StageRun, network: Network, present: NDArray[np.bool_])
     middles = np.flatnonzero(present[1:-1] & present[:-2] & present[2:]) + 1
     if padding == 0 or not len(middles):
         return padding
+    places = [int(middles[place]) for place in evenly(len(middles), PROBES)]
+    network.ask([(i + step, candidate) for candidate in (padding, 0.0) for i in places for step in (-1, 0, 1)])
     scores = {}
     for candidate in (padding, 0.0):
         values = []
-        for place in evenly(len(middles), PROBES):
+        for place in places:
             jitter = Jitter()
-            for index in range(middles[place] - 1, middles[place] + 2):
-                jitter.add(network.alpha(int(index), candidate))
-                run.check_stop()
+            for index in range(place - 1, place + 2):
+                jitter.add(network.alpha(index, candidate))
             values.append(jitter.mean())
         scores[candidate] = float(np.median(values))
     return 0.0 if scores[0.0] < 0.8 * scores[padding] else padding
