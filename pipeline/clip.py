@@ -22,6 +22,8 @@ from pipeline.errors import StageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from pipeline.heads import HeadModel
+
 MIN_FRAMES = 2
 RERUN_FIT = "run the fit again with: headcast rerun SUBJECT --from fit"
 
@@ -37,7 +39,7 @@ class Clip:
         Ts_cam_head: [T,4,4]. Ts_cam_torso: [T,4,4]. neck: [T,3] and eyes: [T,2,3] rotation vectors.
         expression: [T,E] coefficients of `expression_names`. identity: [S].
         usable: [T] whether a frame's fit can be relied on. times: [T] seconds from the clip's start.
-        head: name of the head model.
+        head: name of the head model. landmark_offsets: [L,3] and expression_offsets: [E,L,3] what makes it personal.
         frames, alphas: [T] paths.
     """
 
@@ -54,11 +56,20 @@ class Clip:
     usable: NDArray[np.bool_]
     times: NDArray[np.float64]
     head: str
+    landmark_offsets: NDArray[np.float32]
+    expression_offsets: NDArray[np.float32]
     frames: tuple[Path, ...]
     alphas: tuple[Path, ...]
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    def personal_head(self) -> HeadModel:
+        """The head model with what the fit found at its landmarks built in; `identity` comes on top."""
+        from pipeline.heads import load_head
+        from pipeline.personal import personalise
+
+        return personalise(load_head(self.head), self.landmark_offsets, self.expression_offsets)
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,8 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
             "eyes": (count, 2, 3),
             "usable": (count,),
             "crop": (3,),
+            "landmark_offsets": (None, 3),
+            "expression_offsets": (len(names), None, 3),
         }.items()
     }
     x0, y0, side = (round(float(value)) for value in arrays["crop"])
@@ -143,6 +156,8 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
         usable=arrays["usable"].astype(bool),
         times=np.array([frame["time"] for frame in frames], np.float64),
         head=str(_take(fit, "head", (), path)),
+        landmark_offsets=arrays["landmark_offsets"].astype(np.float32),
+        expression_offsets=arrays["expression_offsets"].astype(np.float32),
         frames=tuple(subject.stage("decode") / frame["file"] for frame in frames),
         alphas=tuple(subject.stage("matte") / "alpha" / f"{frame['index']:06d}.png" for frame in frames),
     )

@@ -59,7 +59,6 @@ def load_data(run: StageRun, clip: Clip) -> TrainingData:
     from pipeline.avatars import Condition, TrainingData, conditions_of
     from pipeline.clip import load_crops, split
     from pipeline.frames import evenly
-    from pipeline.heads import load_head
 
     evaluate, config = run.config.evaluate, run.config.train
     train, test = split(len(clip), evaluate.holdout, evaluate.min_holdout_frames)
@@ -79,7 +78,7 @@ def load_data(run: StageRun, clip: Clip) -> TrainingData:
         crops = load_crops(clip, indices, threads=run.threads, on_frame=task.advance)
     rows = conditions_of(clip)
     chosen = Condition(*(value[indices] for value in rows))
-    return TrainingData(crops.images, crops.alphas, chosen, clip.K, load_head(clip.head), clip.identity)
+    return TrainingData(crops.images, crops.alphas, chosen, clip.K, clip.personal_head(), clip.identity)
 
 
 def optimise(run: StageRun, trainer: Trainer) -> None:

@@ -46,6 +46,8 @@ def write_subject(
         identity=np.zeros(4, np.float32),
         expression=np.zeros((count, 2), np.float32),
         expression_names=np.array(["jawOpen", "browInnerUp"]),
+        landmark_offsets=np.zeros((478, 3), np.float32),
+        expression_offsets=np.zeros((2, 478, 3), np.float32),
         usable=np.ones(count, bool),
         head=np.array("anny"),
         crop=np.array(crop, np.float64),
