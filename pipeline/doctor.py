@@ -18,7 +18,14 @@ Level = Literal["fine", "degraded", "blocked"]
 LEVELS: tuple[Level, ...] = ("fine", "degraded", "blocked")
 
 # Distributions whose version matters, and the one that constraints.txt pins.
-_PINNED = {"torch": "2.13.0", "mediapipe": "0.10.33", "prefect": "3.8.8", "rembg": "2.0.86", "numba": "0.68.1"}
+_PINNED = {
+    "torch": "2.13.0",
+    "mediapipe": "0.10.33",
+    "prefect": "3.8.8",
+    "rembg": "2.0.86",
+    "numba": "0.68.1",
+    "onnxruntime": "1.23.2",
+}
 _MEMORY_GB = 3.0
 _DISK_GB = 2.0
 
