@@ -95,7 +95,7 @@ class TrainConfig(Section):
     """Width of the network that weights the basis."""
     coarse_share: float = Field(0.25, ge=0, lt=1)
     """Share of the steps, at the start, done at half the resolution."""
-    random_background: float = Field(0.5, ge=0, le=1)
+    random_background: float = Field(0.25, ge=0, le=1)
     """Share of the steps over a random colour instead of white, which teaches the alpha."""
     max_frames: int = Field(600, ge=1)
     """Training frames at most, chosen to spread over pose and expression."""

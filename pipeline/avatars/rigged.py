@@ -203,7 +203,7 @@ class RiggedAvatar(AvatarModel):
             ParameterGroup("torso", [self.torso_logits], 2e-2, 2e-3),
             ParameterGroup("basis", [self.basis], 2e-3, 2e-4),
             ParameterGroup("driver", list(self.driver.parameters()), 2e-3, 2e-4),
-            ParameterGroup("twists", list(self.twists.parameters()), 2e-3, 2e-4),
+            ParameterGroup("twists", list(self.twists.parameters()), 1e-3, 1e-4),
         ]
 
     def settings(self) -> dict[str, Any]:
