@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,9 @@ _SETTINGS = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
 }
 
+# An embedded server inherits this mark of the process that started it.
+_MARK = "HEADCAST_PROCESS"
+
 
 def quiet_prefect() -> None:
     """Set the environment before the first `import prefect`; what the user has set stays.
@@ -27,6 +31,8 @@ def quiet_prefect() -> None:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    os.environ[_MARK] = str(os.getpid())
+    end_orphaned_servers()
     if not {"PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_HOME"} & set(os.environ):
         os.environ["PREFECT_HOME"] = str(_own_home())
 
@@ -41,3 +47,15 @@ def _own_home() -> Path:
     except OSError:
         return Path(tempfile.mkdtemp(prefix="headcast-prefect-"))
     return home
+
+
+def end_orphaned_servers() -> None:
+    """End embedded servers whose headcast was killed: `kill -9` leaves it no time to do so itself (Linux)."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = dict(entry.partition(b"=")[::2] for entry in (folder / "environ").read_bytes().split(b"\0"))
+            starter = environment.get(_MARK.encode(), b"").decode()
+            if starter and b"PREFECT__SERVER_EPHEMERAL" in environment and not Path("/proc", starter).exists():
+                os.kill(int(folder.name), signal.SIGTERM)
+        except OSError:  # another user's process, or one that ended meanwhile
+            continue

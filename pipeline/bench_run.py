@@ -51,7 +51,7 @@ def _bench_clip(video: Path, preset: str, data: Path) -> dict[str, Any]:
 
 
 def _timed(arguments: list[str]) -> tuple[float, float, dict[str, Any]]:
-    """Seconds, peak resident memory in MB and JSON answer of a headcast process; its progress goes to standard error."""
+    """Seconds, peak resident memory in MB and JSON answer of a headcast process; progress goes to standard error."""
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "pipeline.cli", *arguments], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -77,7 +77,8 @@ def table(document: dict[str, Any]) -> str:
         test, best = clip["test"], clip["baselines"]["nearest_train_frame"]
         error, speed = clip["reprojection_px"], clip["speed"]
         lines.append(
-            f"| {clip['clip']} | {clip['seconds']:.0f} | {clip['seconds_nothing_to_do']:.1f} | {clip['peak_memory_mb']} "
+            f"| {clip['clip']} | {clip['seconds']:.0f} | {clip['seconds_nothing_to_do']:.1f} "
+            f"| {clip['peak_memory_mb']} "
             f"| {error['median']:.2f} / {error['p95']:.2f} | {test['psnr']:.1f} | {best['psnr']:.1f} "
             f"| {test['psnr_head']:.1f} | {best['psnr_head']:.1f} "
             f"| {speed['train_seconds']:.0f} | {speed['render_fps']:.0f} |"

@@ -317,7 +317,8 @@ def _status_lines(document: dict[str, Any]) -> str:
 
 
 def _doctor(command: Doctor) -> tuple[dict[str, Any], str, int]:
-    from pipeline.doctor import LEVELS, examine, worst
+    from pipeline.doctor import examine
+    from pipeline.finding import LEVELS, worst
     from stages import STAGES
 
     findings = examine(command.data, {name for stage in STAGES for name in stage.assets}, command.video)

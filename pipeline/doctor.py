@@ -8,14 +8,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pipeline.errors import HeadcastError
-
-Level = Literal["fine", "degraded", "blocked"]
-LEVELS: tuple[Level, ...] = ("fine", "degraded", "blocked")
+from pipeline.finding import Finding, Level
 
 # Distributions whose version matters, and the one that constraints.txt pins.
 _PINNED = {
@@ -30,15 +26,6 @@ _MEMORY_GB = 3.0
 _DISK_GB = 2.0
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: how bad it is, what was seen, and what to do about it."""
-
-    level: Level
-    what: str
-    fix: str = ""
-
-
 def examine(data: Path, needed: Collection[str], video: Path | None = None) -> list[Finding]:
     """Look at the machine, the installation, the `needed` assets, the data folder, and a video if one is named."""
     findings = [
@@ -51,11 +38,6 @@ def examine(data: Path, needed: Collection[str], video: Path | None = None) -> l
         _data_folder(data),
     ]
     return [*findings, *_video(video)] if video is not None else findings
-
-
-def worst(findings: list[Finding]) -> Level:
-    """The level of the worst finding."""
-    return max((finding.level for finding in findings), key=LEVELS.index)
 
 
 def _packages() -> Iterator[Finding]:

@@ -11,16 +11,12 @@ Landmarks of the irises may only lie on the eyeballs, all others only on the out
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from pipeline.faces import Detector
 from pipeline.geometry import make_rigid, project_points, rotvec_to_matrix, transform_points
 from pipeline.heads import HeadModel
 from pipeline.mesh_render import rasterize_mesh
@@ -39,35 +35,10 @@ class Render:
     detected: np.ndarray
 
 
-@contextlib.contextmanager
-def face_landmarker(model: Path) -> Iterator[Any]:
-    """MediaPipe's FaceLandmarker in IMAGE mode, its chatter on standard error silenced while it starts."""
-    from mediapipe.tasks.python import BaseOptions, vision
-
-    options = vision.FaceLandmarkerOptions(base_options=BaseOptions(model_asset_path=str(model)), num_faces=1)
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        landmarker = vision.FaceLandmarker.create_from_options(options)
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-    try:
-        yield landmarker
-    finally:
-        landmarker.close()
-
-
-def detect(landmarker: Any, image: np.ndarray) -> np.ndarray | None:
+def detect(detector: Detector, image: np.ndarray) -> np.ndarray | None:
     """Landmarks [478, 2] in pixels on an image [H, W, 3] in [0, 1], or None where no face is found."""
-    import mediapipe as mp
-
-    pixels = np.ascontiguousarray(np.round(image * 255).astype(np.uint8))
-    result = landmarker.detect(mp.Image(image_format=mp.ImageFormat.SRGB, data=pixels))
-    if not result.face_landmarks:
-        return None
-    return np.array([[p.x, p.y] for p in result.face_landmarks[0]]) * [image.shape[1], image.shape[0]]
+    faces = detector.detect(np.round(image * 255).astype(np.uint8))
+    return faces[0].landmarks[:, :2].astype(np.float64) if faces else None
 
 
 def random_expression(generator: np.random.Generator, names: tuple[str, ...]) -> np.ndarray:
@@ -82,7 +53,7 @@ def random_expression(generator: np.random.Generator, names: tuple[str, ...]) ->
     return expression
 
 
-def render_and_detect(head: HeadModel, landmarker: Any, count: int, generator: np.random.Generator) -> list[Render]:
+def render_and_detect(head: HeadModel, detector: Detector, count: int, generator: np.random.Generator) -> list[Render]:
     """Up to `count` random renders in which MediaPipe finds the face; the first is the neutral head from the front."""
     K = np.array([[1.6 * SIZE, 0, SIZE / 2], [0, 1.6 * SIZE, SIZE / 2], [0, 0, 1]])
     renders = []
@@ -101,7 +72,7 @@ def render_and_detect(head: HeadModel, landmarker: Any, count: int, generator: n
         )[0].numpy()
         light = (generator.uniform(-0.8, 0.8), generator.uniform(-0.9, -0.2), -1.0)
         picture, _ = render_head(head, vertices, T_cam_head, K, SIZE, SIZE, Look(light=light), 0.7)
-        detected = detect(landmarker, picture)
+        detected = detect(detector, picture)
         if detected is not None:
             renders.append(Render(transform_points(T_cam_head, vertices.astype(np.float64)), K, detected))
     return renders

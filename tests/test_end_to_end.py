@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from loopback import UNAVAILABLE
 
 pytestmark = pytest.mark.prefect
@@ -151,6 +150,18 @@ def test_damage_is_mended_and_equal_bytes_stop_there(copy: Site) -> None:
     assert {name: copy.manifest(name)["finished"] for name in STAGES if name != "matte"}.items() <= before.items()
 
 
+def servers_in(home: Path) -> list[int]:
+    """Processes that work with this Prefect home."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"PREFECT_HOME={home}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl+C"])
 def test_run_disturbed_in_training_ends_like_an_undisturbed_one(copy: Site, number: signal.Signals) -> None:
     digest = copy.digest("train")
@@ -177,5 +188,6 @@ def test_run_disturbed_in_training_ends_like_an_undisturbed_one(copy: Site, numb
     assert {s["stage"]: s["state"] for s in status["stages"]}["train"] == "partial"
     done = copy.headcast("rerun", "single", "--json")
     assert done.returncode == 0, done.stderr
+    assert servers_in(copy.folder / "prefect") == [], "no server is left behind, not even by kill -9"
     assert copy.digest("train") == digest, "the same weights as without the disturbance"
     assert copy.manifest("train")["resumed"]

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.assets import asset_path
+from pipeline.faces import Detector
 from pipeline.heads import load_head
-from pipeline.landmark_embedding import embed, face_landmarker, render_and_detect
+from pipeline.landmark_embedding import embed, render_and_detect
 
 OUTPUT_FOLDER = Path(__file__).parents[1] / "pipeline" / "heads"
 EMBEDDING_VERSION = 1
@@ -28,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     head = load_head(arguments.head)
-    with face_landmarker(arguments.landmarker or asset_path("face_landmarker")) as landmarker:
+    with Detector(arguments.landmarker or asset_path("face_landmarker")) as landmarker:
         renders = render_and_detect(head, landmarker, arguments.renders, np.random.default_rng(arguments.seed))
     embedding = embed(head, renders)
     output = arguments.output or OUTPUT_FOLDER / f"{arguments.head}_landmarks.npz"

@@ -214,13 +214,13 @@ def test_an_unknown_head_is_refused() -> None:
 def landmarker() -> Iterator[Any]:
     """MediaPipe's face landmarker, where its model is or can be had."""
     from pipeline.assets import asset_path
-    from pipeline.landmark_embedding import face_landmarker
+    from pipeline.faces import Detector
 
     try:
         model = asset_path("face_landmarker")
     except HeadcastError as error:
         pytest.skip(f"the face landmarker is not here: {error.what}")
-    with face_landmarker(model) as task:
+    with Detector(model) as task:
         yield task
 
 

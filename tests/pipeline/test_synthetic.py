@@ -125,13 +125,13 @@ def test_frames_are_written_as_they_are(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def landmarker() -> Iterator[Any]:
     from pipeline.assets import asset_path
-    from pipeline.landmark_embedding import face_landmarker
+    from pipeline.faces import Detector
 
     try:
         model = asset_path("face_landmarker")
     except HeadcastError as error:
         pytest.skip(f"the face landmarker is not here: {error.what}")
-    with face_landmarker(model) as task:
+    with Detector(model) as task:
         yield task
 
 

@@ -18,10 +18,10 @@ from pipeline.assets import asset_path
 from pipeline.config import Config, DecodeConfig, TrackConfig
 from pipeline.dataset import Dataset
 from pipeline.errors import Interrupted, StageError
+from pipeline.faces import Face
 from pipeline.source import register_source
 from pipeline.stage import Result, run_stage
 from stages import decode, track
-from stages.track import Face
 
 
 @pytest.fixture(scope="module", autouse=True)
