@@ -47,7 +47,7 @@ UNUSABLE_WEIGHT = 0.05  # of a frame that is occluded, blurred or partly outside
 
 # Expected errors ("standard deviations") of what is measured, and of what the priors say. Lengths in metres.
 DETECTION_M = 0.5e-3  # a landmark's error besides what its embedding wanders
-NOISE_SHARE = 0.2  # share of a landmark's expected error that is left once offsets are known
+NOISE_SHARE = 0.17  # share of a landmark's expected error that is left once offsets are known
 DEPTH_M = 8e-3  # MediaPipe's relief
 HUBER = 3.0  # whitened residual from which a landmark counts linearly (Huber, 1964)
 
@@ -55,8 +55,8 @@ HUBER = 3.0  # whitened residual from which a landmark counts linearly (Huber, 1
 # in every frame and does not average out, and without this a long clip would shrink and tilt the head to explain it.
 FOCAL_LOG = 0.02  # log focal length about its prior
 SIZE = 0.005  # relative size of the face about the average one's: perspective tells too little of it
-IDENTITY = 0.1  # identity about 0, in half ranges of each coefficient
-SHAPE_OFFSET_M = 3e-3  # offset of an expression's shape at a landmark
+IDENTITY = 0.15  # identity about 0, in half ranges of each coefficient
+SHAPE_OFFSET_M, SHAPE_OFFSET_SHARE = 1.5e-3, 0.5  # offset of an expression's shape: at least, and per its own size
 
 # Expression about MediaPipe's scores: at least, and per unit of the highest score in the clip. Blinks are read off the
 # lids; gaze shapes hardly move landmarks.
@@ -768,8 +768,8 @@ def _identity_sigma(head: LandmarkHead) -> Floats:
 
 def _offset_sigma(head: LandmarkHead) -> Floats:
     """[1 + E, M] expected size of the neutral landmarks' offsets and of those of each expression's shape, metres."""
-    M = int(head.face.sum())
-    return np.concatenate([head.error_m[None, head.face], np.full((len(head.expression), M), SHAPE_OFFSET_M)])
+    size = np.linalg.norm(head.expression[:, head.face], axis=2)
+    return np.concatenate([head.error_m[None, head.face], SHAPE_OFFSET_M + SHAPE_OFFSET_SHARE * size])
 
 
 def _depth_scale(head: LandmarkHead, observations: Observations, state: FitState, frames: NDArray[np.int64]) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.errors import StageError
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
@@ -23,8 +25,9 @@ MIN_FRAMES = 3
 GOOD_FRAMES = 30
 # Median and 95th percentile of the landmark error, as shares of the face's width, up to which a fit is good or fair.
 GOOD_ERROR, FAIR_ERROR = (0.003, 0.012), (0.008, 0.03)
-VIDEO_FRAMES = 600
-VIDEO_SIDE_PX = 360
+VIDEO_FRAMES, VIDEO_SIDE_PX, SHEET_SIDE_PX = 600, 320, 640
+CURVES = ("jawOpen", "mouthSmileLeft", "eyeBlinkLeft", "eyeBlinkRight")
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -89,24 +92,13 @@ def fit(run: StageRun) -> Result:
 
     errors = reprojection_errors(landmark_head, observations, state)
     started = time.monotonic()
-    crop = _write_fit(run, head, frames, track, observations, state, errors)
-    seconds["write"] = round(time.monotonic() - started, 2)
-    oval = observations.landmarks[track.usable, :, 0]
-    width_px = float(np.median(oval.max(1) - oval.min(1)))
-    metrics = {
-        "reprojection_px": {
-            "median": round(float(np.median(errors[track.usable])), 3),
-            "p95": round(float(np.percentile(errors[track.usable], 95)), 3),
-        },
-        "face_width_px": round(width_px, 1),
-        "focal_ratio": round(state.focal_px / max(frames.width, frames.height), 3),
-        "frames": {"total": len(frames), "usable": int(track.usable.sum()), "detected": int(track.detected.sum())},
-        "identity_rms": round(float(np.sqrt(np.mean(state.identity**2))), 3),
-        "offset_mm": round(1e3 * float(np.median(np.linalg.norm(state.offsets[0], axis=1))), 2),
-        "crop": list(crop),
-        "solve_steps_seconds": seconds,
-    }
-    return Result(_verdict(metrics, track), metrics)
+    fitted = _Fitted(head, frames, track, observations, state, errors)
+    crop = _write_files(run, fitted)
+    seconds["files"] = round(time.monotonic() - started, 2)
+    started = time.monotonic()
+    _draw(run, fitted)
+    seconds["pictures"] = round(time.monotonic() - started, 2)
+    return _result(fitted, crop, seconds)
 
 
 def _read_track(run: StageRun, head: HeadModel, count: int) -> _Track:
@@ -115,6 +107,8 @@ def _read_track(run: StageRun, head: HeadModel, count: int) -> _Track:
     Raises:
         StageError: the file is damaged or does not belong to the frames.
     """
+    import zipfile
+
     import numpy as np
 
     path = run.input("track", "track.npz")
@@ -126,7 +120,7 @@ def _read_track(run: StageRun, head: HeadModel, count: int) -> _Track:
         fits = landmarks.shape == (count, len(head.landmark_faces), 3) and scores.shape == (count, len(names))
         if not fits or detected.shape != (count,) or usable.shape != (count,):
             raise ValueError("its arrays do not have the shapes of this clip")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         fix = f"run: headcast rerun {run.subject.name} --from track"
         raise StageError(f"'{path}' cannot be used: {error}.", fix) from error
     detected &= np.isfinite(landmarks).all((1, 2)) & np.isfinite(scores).all(1)
@@ -134,56 +128,89 @@ def _read_track(run: StageRun, head: HeadModel, count: int) -> _Track:
     return _Track(landmarks, np.stack(ordered, 1), detected, usable & detected)
 
 
-def _write_fit(
-    run: StageRun,
-    head: HeadModel,
-    frames: FrameSet,
-    track: _Track,
-    observations: Observations,
-    state: FitState,
-    errors: NDArray[np.float64],
-) -> tuple[int, int, int]:
-    """Write every file of the stage; returns the training crop."""
+@dataclass(frozen=True)
+class _Fitted:
+    """The finished fit and what it rests on."""
+
+    head: HeadModel
+    frames: FrameSet
+    track: _Track
+    observations: Observations
+    state: FitState
+    errors: NDArray[np.float64]
+    """[T, L] pixels; NaN where no face was detected."""
+
+    @cached_property
+    def K(self) -> NDArray[np.float64]:
+        return self.state.intrinsics(self.observations)
+
+    @cached_property
+    def torso_and_neck(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        from pipeline.fitting import torso_motion
+
+        return torso_motion(self.frames.times, self.state.rotations, self.observations.weights)
+
+    @cached_property
+    def own_head(self) -> HeadModel:
+        """The head model with what was found at the landmarks built in."""
+        from pipeline.personal import personalise
+
+        return personalise(self.head, self.state.offsets[0], self.state.offsets[1:])
+
+    @cached_property
+    def head_faces(self) -> NDArray[np.int32]:
+        """[F, 3] faces without the torso's."""
+        on_head = self.head.regions["head"]
+        return self.head.faces[on_head[self.head.faces].all(1)]
+
+    @cached_property
+    def neutral(self) -> NDArray[np.float32]:
+        """[V, 3] the person's neutral head."""
+        import numpy as np
+
+        identity = self.state.identity.astype(np.float32)
+        return self.own_head.template + np.tensordot(identity, self.head.identity_basis, 1)
+
+    def vertices_cam(self, indices: Sequence[int]) -> Iterator[NDArray[np.float64]]:
+        """Fitted vertices [V, 3] in camera space of each of these frames."""
+        import numpy as np
+        import torch
+
+        from pipeline.geometry import transform_points
+
+        state, neck = self.state, self.torso_and_neck[1]
+        identity = torch.from_numpy(state.identity.astype(np.float32))
+        for start in range(0, len(indices), CHUNK):
+            rows = list(indices[start : start + CHUNK])
+            parts = (state.expression[rows], neck[rows], state.eyes[rows])
+            with torch.no_grad():
+                posed = self.own_head.vertices(identity, *(torch.from_numpy(p.astype(np.float32)) for p in parts))
+            yield from transform_points(state.Ts_cam_head[rows], posed.numpy().astype(np.float64))
+
+
+def _write_files(run: StageRun, fitted: _Fitted) -> tuple[int, int, int]:
+    """Write `fit.npz`, `cameras.json` and `neutral.obj`; returns the training crop."""
     import numpy as np
-    import torch
 
     from pipeline.dataset import write_json
-    from pipeline.fitting import head_angles, torso_motion, training_crop
-    from pipeline.frames import contact_sheet, evenly, save_image
-    from pipeline.geometry import make_rigid, project_points, transform_points
-    from pipeline.overlay import front_and_side, overlay, plot_curves
-    from pipeline.personal import personalise
-    from pipeline.video import write_video
+    from pipeline.fitting import training_crop
+    from pipeline.geometry import make_rigid, project_points
 
-    K, T = state.intrinsics(observations), len(frames)
-    R_torso, neck = torso_motion(frames.times, state.rotations, observations.weights)
-    Ts_cam_head = state.Ts_cam_head
-    offsets = state.offsets.astype(np.float32)
-    own = personalise(head, offsets[0], offsets[1:])
+    state, frames, usable, head = fitted.state, fitted.frames, fitted.track.usable, fitted.head
     on_head = head.regions["head"]
-    head_faces = head.faces[on_head[head.faces].all(1)]
+    boxes = []
+    for vertices in fitted.vertices_cam(np.flatnonzero(usable).tolist()):
+        pixels = project_points(vertices[on_head], fitted.K)
+        boxes.append([*pixels.min(0), *pixels.max(0)])
+    crop = training_crop(np.array(boxes), frames.width, frames.height, run.config.fit.crop_margin)
 
-    def vertices_cam(indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        with torch.no_grad():
-            posed = own.vertices(
-                torch.from_numpy(state.identity.astype(np.float32)),
-                torch.from_numpy(state.expression[indices].astype(np.float32)),
-                torch.from_numpy(neck[indices].astype(np.float32)),
-                torch.from_numpy(state.eyes[indices].astype(np.float32)),
-            )
-        return transform_points(Ts_cam_head[indices], posed.numpy().astype(np.float64))
-
-    boxes = np.empty((T, 4))
-    for chunk in np.array_split(np.arange(T), -(-T // 64)):
-        pixels = project_points(vertices_cam(chunk)[:, on_head], K)
-        boxes[chunk] = np.concatenate([pixels.min(1), pixels.max(1)], 1)
-    crop = training_crop(boxes[track.usable], frames.width, frames.height, run.config.fit.crop_margin)
-
+    R_torso, neck = fitted.torso_and_neck
+    offsets = state.offsets.astype(np.float32)
     np.savez(
         run.work / "fit.npz",
-        K=K,
+        K=fitted.K,
         image_size=np.array([frames.width, frames.height]),
-        Ts_cam_head=Ts_cam_head,
+        Ts_cam_head=state.Ts_cam_head,
         Ts_cam_torso=make_rigid(R_torso, state.translations),
         neck=neck.astype(np.float32),
         eyes=state.eyes.astype(np.float32),
@@ -192,8 +219,8 @@ def _write_fit(
         expression_names=np.array(head.expression_names),
         landmark_offsets=offsets[0],
         expression_offsets=offsets[1:],
-        usable=track.usable,
-        residual_px=np.median(errors, 1).astype(np.float32),
+        usable=usable,
+        residual_px=np.median(fitted.errors, 1).astype(np.float32),
         head=np.array(head.name),
         crop=np.array(crop, np.float64),
     )
@@ -201,64 +228,105 @@ def _write_fit(
         "schema": SCHEMA,
         "width": frames.width,
         "height": frames.height,
-        "K": K.tolist(),
+        "K": fitted.K.tolist(),
         "crop": list(crop),
         "frames": [
-            {"index": i, "time": float(frames.times[i]), "usable": bool(track.usable[i]), "T_cam_head": T_.tolist()}
-            for i, T_ in enumerate(Ts_cam_head)
+            {"index": i, "time": float(frames.times[i]), "usable": bool(usable[i]), "T_cam_head": T_cam_head.tolist()}
+            for i, T_cam_head in enumerate(state.Ts_cam_head)
         ],
     }
     write_json(run.work / "cameras.json", cameras)
-    identity = state.identity.astype(np.float32)
-    neutral = own.template + np.tensordot(identity, head.identity_basis, 1)
-    _write_obj(run.work / "neutral.obj", neutral, head.faces)
-    save_image(run.work / "neutral.jpg", front_and_side(neutral, head_faces), 90)
+    _write_obj(run.work / "neutral.obj", fitted.neutral, head.faces)
+    return crop
 
-    reduce = min(1.0, VIDEO_SIDE_PX / max(frames.width, frames.height))
-    size = round(frames.width * reduce), round(frames.height * reduce)
-    small_K = np.diag([size[0] / frames.width, size[1] / frames.height, 1]) @ K
 
-    def drawn(index: int, scale_K: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.uint8]:
-        import cv2
+def _draw(run: StageRun, fitted: _Fitted) -> None:
+    """Write the pictures a person judges the fit by."""
+    import cv2
+    import numpy as np
 
-        image = cv2.resize(frames.image(index), size, interpolation=cv2.INTER_AREA)
-        pixels = track.landmarks[index, :, :2] * (np.array(size) / (frames.width, frames.height))
-        return overlay(image, vertices_cam(np.array([index]))[0], head_faces, scale_K, pixels)
+    from pipeline.fitting import head_angles
+    from pipeline.frames import contact_sheet, evenly, save_image
+    from pipeline.overlay import front_and_side, overlay, plot_curves
+    from pipeline.video import write_video
 
-    full = (frames.width, frames.height)
+    state, frames, errors = fitted.state, fitted.frames, fitted.errors
+    save_image(run.work / "neutral.jpg", front_and_side(fitted.neutral, fitted.head_faces), 90)
+
+    def overlays(indices: Sequence[int], side: int) -> Iterator[NDArray[np.uint8]]:
+        shrink = min(1.0, side / max(frames.width, frames.height))
+        size = (round(frames.width * shrink), round(frames.height * shrink))
+        scale = np.array(size) / (frames.width, frames.height)
+        K = np.diag([*scale, 1]) @ fitted.K
+        for index, vertices in zip(indices, fitted.vertices_cam(indices), strict=True):
+            run.check_stop()
+            image = cv2.resize(frames.image(index), size, interpolation=cv2.INTER_AREA)
+            seen = fitted.track.landmarks[index, :, :2] * scale
+            yield overlay(image, vertices, fitted.head_faces, K, seen)
+
+    T = len(frames)
     shown = evenly(T, 8)
-    sheet = contact_sheet([drawn(i, K, full) for i in shown], [f"{i}  {np.median(errors[i]):.2f} px" for i in shown])
-    save_image(run.work / "overlay.jpg", sheet, 90)
+    labels = [f"{i}  {np.median(errors[i]):.2f} px" for i in shown]
+    save_image(run.work / "overlay.jpg", contact_sheet(list(overlays(shown, SHEET_SIDE_PX)), labels), 90)
+
     in_video = evenly(T, VIDEO_FRAMES)
-    rate = len(in_video) / (frames.times[-1] - frames.times[0] + 1 / float(frames.fps))
+    seconds = float(frames.times[-1] - frames.times[0]) + 1 / float(frames.fps)
     with run.reporter.task("draw", len(in_video), "frames") as task:
 
-        def pictures() -> Any:
-            for index in in_video:
-                run.check_stop()
-                yield drawn(index, small_K, size)
+        def counted() -> Iterator[NDArray[np.uint8]]:
+            for picture in overlays(in_video, VIDEO_SIDE_PX):
+                yield picture
                 task.advance()
 
-        write_video(run.work / "overlay.mp4", pictures(), float(round(rate, 2)), crf=26)
+        write_video(run.work / "overlay.mp4", counted(), round(len(in_video) / seconds, 2), crf=26)
 
-    names = list(head.expression_names)
-    curves = {
-        n: state.expression[:, names.index(n)] for n in ("jawOpen", "mouthSmileLeft", "eyeBlinkLeft", "eyeBlinkRight")
+    curves = {name: state.expression[:, fitted.head.expression_names.index(name)] for name in CURVES}
+    angles, gaze = np.degrees(head_angles(state.rotations)).T, np.degrees(state.gaze)
+    panels = [
+        ("expression", curves),
+        ("head, degrees", dict(zip(("yaw", "pitch", "roll"), angles, strict=True))),
+        ("gaze, degrees", {"left pitch": gaze[:, 0, 0], "left yaw": gaze[:, 0, 1], "right yaw": gaze[:, 1, 1]}),
+        ("error, px", {"median": np.median(errors, 1), "95 %": np.percentile(errors, 95, axis=1)}),
+    ]
+    plot_curves(run.work / "curves.png", frames.times, panels, ~fitted.track.usable)
+
+
+def _result(fitted: _Fitted, crop: tuple[int, int, int], seconds: dict[str, float]) -> Result:
+    """The stage's figures and its judgement of them."""
+    import numpy as np
+
+    from pipeline.frames import ranges_text
+
+    frames, track, state = fitted.frames, fitted.track, fitted.state
+    usable, total = int(track.usable.sum()), len(frames)
+    errors, x = fitted.errors[track.usable], track.landmarks[track.usable, :, 0]
+    median, p95 = (round(float(np.percentile(errors, q)), 3) for q in (50, 95))
+    width = float(np.median(x.max(1) - x.min(1)))
+
+    def within(limits: tuple[float, float]) -> bool:
+        return median <= limits[0] * width and p95 <= limits[1] * width
+
+    level: Level = "good" if within(GOOD_ERROR) else "fair" if within(FAIR_ERROR) else "poor"
+    parts = [
+        f"Median landmark error {median:.2f} px (95 %: {p95:.1f}) on a face {width:.0f} px wide",
+        f"{usable} of {total} frames",
+    ]
+    if usable < total:
+        parts.append(f"carried through by their neighbours: {ranges_text(~track.usable)}")
+    if usable < GOOD_FRAMES:
+        level = "fair" if level == "good" else level
+        parts.append(f"under {GOOD_FRAMES} frames the head's shape is hardly determined")
+    metrics = {
+        "reprojection_px": {"median": median, "p95": p95},
+        "face_width_px": round(width, 1),
+        "focal_ratio": round(state.focal_px / max(frames.width, frames.height), 3),
+        "frames": {"total": total, "usable": usable, "detected": int(track.detected.sum())},
+        "identity_rms": round(float(np.sqrt(np.mean(state.identity**2))), 3),
+        "offset_mm": round(1e3 * float(np.median(np.linalg.norm(state.offsets[0], axis=1))), 2),
+        "crop": list(crop),
+        "part_seconds": seconds,
     }
-    angles = np.degrees(head_angles(state.rotations))
-    gaze = np.degrees(state.gaze)
-    plot_curves(
-        run.work / "curves.png",
-        frames.times,
-        [
-            ("expression", curves),
-            ("head, degrees", dict(zip(("yaw", "pitch", "roll"), angles.T, strict=True))),
-            ("gaze, degrees", {"left pitch": gaze[:, 0, 0], "left yaw": gaze[:, 0, 1], "right yaw": gaze[:, 1, 1]}),
-            ("error, px", {"median": np.median(errors, 1), "95 %": np.percentile(errors, 95, axis=1)}),
-        ],
-        ~track.usable,
-    )
-    return crop
+    return Result(Verdict(level, f"Fit: {level}. {'; '.join(parts)}.", "overlay.jpg"), metrics)
 
 
 def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int32]) -> None:
@@ -270,26 +338,4 @@ def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int3
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
-def _verdict(metrics: dict[str, Any], track: _Track) -> Verdict:
-    from pipeline.frames import ranges_text
-
-    error, width = metrics["reprojection_px"], metrics["face_width_px"]
-    usable, total = int(track.usable.sum()), len(track.usable)
-
-    def within(limits: tuple[float, float]) -> bool:
-        return bool(error["median"] <= limits[0] * width and error["p95"] <= limits[1] * width)
-
-    level: Level = "good" if within(GOOD_ERROR) else "fair" if within(FAIR_ERROR) else "poor"
-    parts = [
-        f"Median landmark error {error['median']:.2f} px (95 %: {error['p95']:.1f}) on a face {width:.0f} px wide",
-        f"{usable} of {total} frames",
-    ]
-    if usable < total:
-        parts.append(f"carried through by their neighbours: {ranges_text(~track.usable)}")
-    if usable < GOOD_FRAMES:
-        level = "fair" if level == "good" else level
-        parts.append(f"under {GOOD_FRAMES} frames the head's shape is hardly determined")
-    return Verdict(level, f"Fit: {level}. {'; '.join(parts)}.", "overlay.jpg")
-
-
-STAGE = Stage("fit", 2, ("decode", "track"), fit, description="camera, head shape, poses and expressions")
+STAGE = Stage("fit", 3, ("decode", "track"), fit, description="camera, head shape, poses and expressions")
