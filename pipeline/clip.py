@@ -35,6 +35,7 @@ class Clip:
     Attributes:
         K: [3,3] intrinsics of the square training crop at `resolution` pixels.
         resolution: width and height of the crop in pixels after resizing.
+        image_size: (width, height) of the decoded frames.
         crop: (x0, y0, side) in whole pixels of the decoded frames; it may reach over their edge.
         Ts_cam_head: [T,4,4]. Ts_cam_torso: [T,4,4]. neck: [T,3] and eyes: [T,2,3] rotation vectors.
         expression: [T,E] coefficients of `expression_names`. identity: [S].
@@ -45,6 +46,7 @@ class Clip:
 
     K: NDArray[np.float64]
     resolution: int
+    image_size: tuple[int, int]
     crop: tuple[int, int, int]
     Ts_cam_head: NDArray[np.float64]
     Ts_cam_torso: NDArray[np.float64]
@@ -63,6 +65,21 @@ class Clip:
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    def inside(self) -> NDArray[np.float32]:
+        """[R,R] share of each of the crop's pixels that lies inside the frame.
+
+        Where the crop reaches over the frame's edge the pictures are white, and what the subject looks like there is
+        not known: a render has to be cut off at the same edge before it is compared with them.
+        """
+        import cv2
+
+        x0, y0, side = self.crop
+        width, height = self.image_size
+        canvas = np.zeros((side, side), np.float32)
+        canvas[max(-y0, 0) : max(height - y0, 0), max(-x0, 0) : max(width - x0, 0)] = 1
+        how = cv2.INTER_AREA if side >= self.resolution else cv2.INTER_LINEAR
+        return np.asarray(cv2.resize(canvas, (self.resolution, self.resolution), interpolation=how), np.float32)
 
     def personal_head(self) -> HeadModel:
         """The head model with what the fit found at its landmarks built in; `identity` comes on top."""
@@ -145,6 +162,7 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
     return Clip(
         K=crop_intrinsics(arrays["K"].astype(np.float64), (x0, y0, side), resolution),
         resolution=resolution,
+        image_size=(int(listing["width"]), int(listing["height"])),
         crop=(x0, y0, side),
         Ts_cam_head=arrays["Ts_cam_head"].astype(np.float64),
         Ts_cam_torso=arrays["Ts_cam_torso"].astype(np.float64),

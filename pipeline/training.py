@@ -88,8 +88,9 @@ class Trainer:
         self._count = len(data)
         self._kept_back = min(MAX_VALIDATION_FRAMES, self._count // 20)
         self._validated_steps = math.floor(VALIDATED_SHARE * config.steps) if self._kept_back else 0
-        pixels = (torch.from_numpy(data.images), torch.from_numpy(data.alphas), torch.from_numpy(data.K))
-        self._levels = [_Level(*(value.to(self.device) for value in pixels))]
+        images, alphas, K = (torch.from_numpy(array).to(self.device) for array in (data.images, data.alphas, data.K))
+        inside = None if data.inside is None else torch.from_numpy(data.inside).to(self.device)
+        self._levels = [_Level(images, alphas, K, inside)]
         if config.coarse_share > 0 and data.images.shape[1] % 2 == 0:
             self._levels.append(self._levels[0].halved())
 
@@ -111,7 +112,7 @@ class Trainer:
             render = splat(gaussians, level.K, level.size, level.size, background, self.backend, self.threads)
         except ValueError as error:
             raise self._diverged(str(error)) from error
-        loss = photometric_loss(render.image, target)
+        loss = photometric_loss(level.cut(render.image, background), target)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         value = loss.item()
@@ -133,7 +134,7 @@ class Trainer:
         background = torch.ones(3, device=self.device) if background is None else background
         gaussians = self.avatar.deform(row(self._prepared, frame))
         render = splat(gaussians, level.K, level.size, level.size, background, self.backend, self.threads)
-        return render.image.clamp(0, 1)
+        return level.cut(render.image, background).clamp(0, 1)
 
     def truth(self, frame: int) -> Tensor:
         """[R,R,3] of one training frame over white, in [0,1]."""
@@ -301,8 +302,8 @@ def _digest(data: TrainingData) -> str:
 class _Level:
     """The training frames at one resolution, as bytes."""
 
-    def __init__(self, images: Tensor, alphas: Tensor, K: Tensor) -> None:
-        self.images, self.alphas, self.K = images, alphas, K
+    def __init__(self, images: Tensor, alphas: Tensor, K: Tensor, inside: Tensor | None) -> None:
+        self.images, self.alphas, self.K, self.inside = images, alphas, K, inside
         self.size = images.shape[1]
 
     def over(self, frame: int, background: Tensor) -> Tensor:
@@ -310,6 +311,12 @@ class _Level:
         image = self.images[frame].float() / 255
         through = 1 - self.alphas[frame].float() / 255
         return image + through[..., None] * (background - 1)
+
+    def cut(self, image: Tensor, background: Tensor) -> Tensor:
+        """A render [R,R,3] with the background where the frame does not reach, as in the pictures."""
+        if self.inside is None:
+            return image
+        return background + self.inside[..., None] * (image - background)
 
     def halved(self) -> _Level:
         """Means of 2 x 2 pixels."""
@@ -324,4 +331,5 @@ class _Level:
             return means.to(torch.uint8).view(n, size // 2, size // 2, *values.shape[3:])
 
         shrink = torch.diag(torch.tensor([0.5, 0.5, 1], dtype=self.K.dtype, device=self.K.device))
-        return _Level(half(self.images), half(self.alphas), shrink @ self.K)
+        inside = None if self.inside is None else torch.nn.functional.avg_pool2d(self.inside[None], 2)[0]
+        return _Level(half(self.images), half(self.alphas), shrink @ self.K, inside)

@@ -87,6 +87,7 @@ class TrainingData:
     Attributes:
         images: [n,R,R,3] uint8 RGB over white. alphas: [n,R,R] uint8.
         conditions: n rows. K: [3,3] float64. identity: [S].
+        inside: [R,R] share of each pixel that lies inside the frame (`Clip.inside`); None where all does.
     """
 
     images: NDArray[np.uint8]
@@ -95,6 +96,7 @@ class TrainingData:
     K: NDArray[np.float64]
     head: HeadModel
     identity: NDArray[np.float32]
+    inside: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -89,6 +89,16 @@ def test_crops_are_composited_over_white_and_padded_outside(tmp_path: Path) -> N
     assert (crops.images[1][:, :4] == 255).all() and (crops.images[1][38:] == 255).all()
 
 
+def test_inside_is_what_the_frame_shows_of_the_crop(tmp_path: Path) -> None:
+    # 48 x 32 pixels seen through a square of 40 from (-4, -6): columns 4 to 40, rows 6 to 38.
+    expected = np.zeros((40, 40))
+    expected[6:38, 4:] = 1
+    assert np.array_equal(load_clip(write_subject(tmp_path / "s"), 40).inside(), expected)
+    halved = load_clip(Subject(tmp_path / "s"), 20).inside()
+    assert np.allclose(halved, expected.reshape(20, 2, 20, 2).mean((1, 3)))
+    assert (load_clip(write_subject(tmp_path / "t", crop=(4, 2, 24)), 24).inside() == 1).all()
+
+
 def test_crops_reduce_by_averaging(tmp_path: Path) -> None:
     subject = write_subject(tmp_path / "s", crop=(4, 2, 24))
     large = load_crops(load_clip(subject, 24), [0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,22 @@ def test_training_learns_the_alpha() -> None:
     alpha = 1 - (trainer.render(0) - black).mean(2)
     truth = torch.from_numpy(data.alphas[0]).float() / 255
     assert (alpha - truth).abs().mean() < 0.03
+
+
+def test_the_frames_edge_is_not_learned_as_the_subjects() -> None:
+    data = training_data()
+    inside = np.ones((64, 64), np.float32)
+    inside[48:] = 0
+    images, alphas = data.images.copy(), data.alphas.copy()
+    images[:, 48:], alphas[:, 48:] = 255, 0
+    cut = dataclasses.replace(data, images=images, alphas=alphas, inside=inside)
+    trainer = Trainer(cut, CONFIG.model_copy(update={"steps": 150, "gaussians": 1500}), threads=1)
+    run(trainer, 150)
+    assert (trainer.render(0)[48:] == 1).all()
+    assert trainer.psnr([0, 12]) > 25
+    # Uncut, the shoulders go on below the edge instead of ending at it.
+    whole = trainer.avatar.render(data.conditions.frame(0), torch.from_numpy(data.K), 64, 64, torch.ones(3), threads=1)
+    assert whole.alpha.detach()[48:50][torch.from_numpy(data.alphas[0][48:50] == 255)].mean() > 0.3
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_others() -> None:
