@@ -93,7 +93,11 @@ def fit(run: StageRun) -> Result:
     errors = reprojection_errors(landmark_head, observations, state)
     started = time.monotonic()
     fitted = _Fitted(head, frames, track, observations, state, errors)
-    crop = _write_files(run, fitted)
+    crop = _training_crop(run, fitted)
+    fitted = _with_torso(run, fitted, crop)
+    seconds["torso"] = round(time.monotonic() - started, 2)
+    started = time.monotonic()
+    _write_files(run, fitted, crop)
     seconds["files"] = round(time.monotonic() - started, 2)
     started = time.monotonic()
     _draw(run, fitted)
@@ -139,16 +143,34 @@ class _Fitted:
     state: FitState
     errors: NDArray[np.float64]
     """[T, L] pixels; NaN where no face was detected."""
+    followed: NDArray[np.float64] | None = None
+    """[T, 4, 4] the torso as the frames show it; None before it was looked for."""
+    torso_share: float = 0.0
+    """Share of the frames in which the torso was followed for sure."""
 
     @cached_property
     def K(self) -> NDArray[np.float64]:
         return self.state.intrinsics(self.observations)
 
     @cached_property
-    def torso_and_neck(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def Ts_cam_torso(self) -> NDArray[np.float64]:
+        """[T, 4, 4] as followed in the frames, else a slow guess from the head's motion."""
         from pipeline.fitting import torso_motion
+        from pipeline.geometry import make_rigid
 
-        return torso_motion(self.frames.times, self.state.rotations, self.observations.weights)
+        if self.followed is not None:
+            return self.followed
+        rotations = torso_motion(self.frames.times, self.state.rotations, self.observations.weights)[0]
+        return make_rigid(rotations, self.state.translations)
+
+    @cached_property
+    def neck(self) -> NDArray[np.float64]:
+        """[T, 3] rotation vectors of the head relative to the torso."""
+        import numpy as np
+
+        from pipeline.geometry import matrix_to_rotvec
+
+        return matrix_to_rotvec(np.swapaxes(self.Ts_cam_torso[:, :3, :3], 1, 2) @ self.state.rotations)
 
     @cached_property
     def own_head(self) -> HeadModel:
@@ -178,7 +200,7 @@ class _Fitted:
 
         from pipeline.geometry import transform_points
 
-        state, neck = self.state, self.torso_and_neck[1]
+        state, neck = self.state, self.neck
         identity = torch.from_numpy(state.identity.astype(np.float32))
         for start in range(0, len(indices), CHUNK):
             rows = list(indices[start : start + CHUNK])
@@ -188,31 +210,62 @@ class _Fitted:
             yield from transform_points(state.Ts_cam_head[rows], posed.numpy().astype(np.float64))
 
 
-def _write_files(run: StageRun, fitted: _Fitted) -> tuple[int, int, int]:
-    """Write `fit.npz`, `cameras.json` and `neutral.obj`; returns the training crop."""
+def _training_crop(run: StageRun, fitted: _Fitted) -> tuple[int, int, int]:
+    """The square around the head over the whole clip."""
+    import numpy as np
+
+    from pipeline.fitting import training_crop
+    from pipeline.geometry import project_points
+
+    on_head = fitted.head.regions["head"]
+    boxes = []
+    for vertices in fitted.vertices_cam(np.flatnonzero(fitted.track.usable).tolist()):
+        pixels = project_points(vertices[on_head], fitted.K)
+        boxes.append([*pixels.min(0), *pixels.max(0)])
+    return training_crop(np.array(boxes), fitted.frames.width, fitted.frames.height, run.config.fit.crop_margin)
+
+
+def _with_torso(run: StageRun, fitted: _Fitted, crop: tuple[int, int, int]) -> _Fitted:
+    """The fit with the torso where the frames show it; the guess stays where it is out of sight."""
+    from dataclasses import replace
+
+    from pipeline.torso import follow_torso
+
+    with run.reporter.task("torso", len(fitted.frames), "frames") as task:
+
+        def on_frame() -> None:
+            task.advance()
+            run.check_stop()
+
+        poses, trusted = follow_torso(
+            fitted.frames.image,
+            fitted.own_head,
+            fitted.K,
+            crop,
+            fitted.state.Ts_cam_head,
+            fitted.Ts_cam_torso,
+            fitted.state.identity,
+            fitted.track.usable,
+            on_frame,
+        )
+    return replace(fitted, followed=poses, torso_share=float(trusted.mean()))
+
+
+def _write_files(run: StageRun, fitted: _Fitted, crop: tuple[int, int, int]) -> None:
+    """Write `fit.npz`, `cameras.json` and `neutral.obj`."""
     import numpy as np
 
     from pipeline.dataset import write_json
-    from pipeline.fitting import training_crop
-    from pipeline.geometry import make_rigid, project_points
 
     state, frames, usable, head = fitted.state, fitted.frames, fitted.track.usable, fitted.head
-    on_head = head.regions["head"]
-    boxes = []
-    for vertices in fitted.vertices_cam(np.flatnonzero(usable).tolist()):
-        pixels = project_points(vertices[on_head], fitted.K)
-        boxes.append([*pixels.min(0), *pixels.max(0)])
-    crop = training_crop(np.array(boxes), frames.width, frames.height, run.config.fit.crop_margin)
-
-    R_torso, neck = fitted.torso_and_neck
     offsets = state.offsets.astype(np.float32)
     np.savez(
         run.work / "fit.npz",
         K=fitted.K,
         image_size=np.array([frames.width, frames.height]),
         Ts_cam_head=state.Ts_cam_head,
-        Ts_cam_torso=make_rigid(R_torso, state.translations),
-        neck=neck.astype(np.float32),
+        Ts_cam_torso=fitted.Ts_cam_torso,
+        neck=fitted.neck.astype(np.float32),
         eyes=state.eyes.astype(np.float32),
         identity=state.identity.astype(np.float32),
         expression=state.expression.astype(np.float32),
@@ -237,7 +290,6 @@ def _write_files(run: StageRun, fitted: _Fitted) -> tuple[int, int, int]:
     }
     write_json(run.work / "cameras.json", cameras)
     _write_obj(run.work / "neutral.obj", fitted.neutral, head.faces)
-    return crop
 
 
 def _draw(run: StageRun, fitted: _Fitted) -> None:
@@ -324,6 +376,7 @@ def _result(fitted: _Fitted, crop: tuple[int, int, int], seconds: dict[str, floa
         "identity_rms": round(float(np.sqrt(np.mean(state.identity**2))), 3),
         "offset_mm": round(1e3 * float(np.median(np.linalg.norm(state.offsets[0], axis=1))), 2),
         "crop": list(crop),
+        "torso_followed": round(fitted.torso_share, 3),
         "part_seconds": seconds,
     }
     return Result(Verdict(level, f"Fit: {level}. {'; '.join(parts)}.", "overlay.jpg"), metrics)
@@ -338,4 +391,4 @@ def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int3
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
-STAGE = Stage("fit", 3, ("decode", "track"), fit, description="camera, head shape, poses and expressions")
+STAGE = Stage("fit", 4, ("decode", "track"), fit, description="camera, head shape, poses and expressions")
