@@ -7,6 +7,7 @@ can ask for its own frames only.
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
     try:
         with np.load(path, allow_pickle=False) as file:
             fit = dict(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise StageError(f"'{path}' cannot be read: {error}.", RERUN_FIT) from error
     count = len(frames)
     names = tuple(str(name) for name in _take(fit, "expression_names", (None,), path))

@@ -424,7 +424,8 @@ def write_video(
             stream = file.add_stream("libx264", rate=rate)
             stream.width, stream.height = width + width % 2, height + height % 2
             stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": str(crf), "preset": "medium", "threads": str(threads)}
+            # x264's macroblock tree was seen to give other bytes now and then for the same frames.
+            stream.options = {"crf": str(crf), "preset": "medium", "threads": str(threads), "x264-params": "mbtree=0"}
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = 1
             context.color_range = 1
