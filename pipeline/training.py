@@ -62,7 +62,8 @@ class Trainer:
         data: training frames, already without every test frame.
         config: the training settings.
         device: where to train.
-        threads: CPU threads of the rasteriser.
+        threads: CPU threads of the rasteriser and the loss. Torch's own threads only wait for each other on tensors this
+            small; on the CPU, callers do best with `torch.set_num_threads(1)`.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Trainer:
             render = splat(gaussians, level.K, level.size, level.size, background, self.backend, self.threads)
         except ValueError as error:
             raise self._diverged(str(error)) from error
-        loss = photometric_loss(level.cut(render.image, background), target)
+        loss = photometric_loss(level.cut(render.image, background), target, threads=self.threads)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         value = loss.item()
