@@ -62,8 +62,8 @@ class Trainer:
         data: training frames, already without every test frame.
         config: the training settings.
         device: where to train.
-        threads: CPU threads of the rasteriser and the loss. Torch's own threads only wait for each other on tensors this
-            small; on the CPU, callers do best with `torch.set_num_threads(1)`.
+        threads: CPU threads of the rasteriser and the loss. Torch's own threads only wait for each other on tensors
+            this small; on the CPU, callers do best with `torch.set_num_threads(1)`.
     """
 
     def __init__(

@@ -34,8 +34,8 @@ def run(run: StageRun) -> Result:
     from pipeline.training import Trainer, resolve_device
 
     device = resolve_device(run.device)
-    # Torch's threads only wait for each other on tensors this small (16 times slower on busy cores); the rasteriser, the
-    # loss and the reading of frames have their own.
+    # Torch's threads only wait for each other on tensors this small (16 times slower on busy cores); the rasteriser,
+    # the loss and the reading of frames have their own.
     torch.set_num_threads(1)
     try:
         data = load_data(run, load_clip(run.subject, run.config.train.resolution))
