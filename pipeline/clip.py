@@ -36,18 +36,18 @@ class Clip:
     Attributes:
         K: [3,3] intrinsics of the square training crop at `resolution` pixels.
         resolution: width and height of the crop in pixels after resizing.
-        image_size: (width, height) of the decoded frames.
         crop: (x0, y0, side) in whole pixels of the decoded frames; it may reach over their edge.
         Ts_cam_head: [T,4,4]. Ts_cam_torso: [T,4,4]. neck: [T,3] and eyes: [T,2,3] rotation vectors.
         expression: [T,E] coefficients of `expression_names`. identity: [S].
         usable: [T] whether a frame's fit can be relied on. times: [T] seconds from the clip's start.
-        head: name of the head model. landmark_offsets: [L,3] and expression_offsets: [E,L,3] what makes it personal.
+        head: name of the head model.
         frames, alphas: [T] paths.
+        image_size: (width, height) of the decoded frames; None where the crop lies inside them.
+        landmark_offsets: [L,3] and expression_offsets: [E,L,3] what makes the head personal; None for the plain model.
     """
 
     K: NDArray[np.float64]
     resolution: int
-    image_size: tuple[int, int]
     crop: tuple[int, int, int]
     Ts_cam_head: NDArray[np.float64]
     Ts_cam_torso: NDArray[np.float64]
@@ -59,10 +59,11 @@ class Clip:
     usable: NDArray[np.bool_]
     times: NDArray[np.float64]
     head: str
-    landmark_offsets: NDArray[np.float32]
-    expression_offsets: NDArray[np.float32]
     frames: tuple[Path, ...]
     alphas: tuple[Path, ...]
+    image_size: tuple[int, int] | None = None
+    landmark_offsets: NDArray[np.float32] | None = None
+    expression_offsets: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -76,7 +77,7 @@ class Clip:
         import cv2
 
         x0, y0, side = self.crop
-        width, height = self.image_size
+        width, height = self.image_size or (x0 + side, y0 + side)
         canvas = np.zeros((side, side), np.float32)
         canvas[max(-y0, 0) : max(height - y0, 0), max(-x0, 0) : max(width - x0, 0)] = 1
         how = cv2.INTER_AREA if side >= self.resolution else cv2.INTER_LINEAR
@@ -87,7 +88,10 @@ class Clip:
         from pipeline.heads import load_head
         from pipeline.personal import personalise
 
-        return personalise(load_head(self.head), self.landmark_offsets, self.expression_offsets)
+        head = load_head(self.head)
+        if self.landmark_offsets is None or self.expression_offsets is None:
+            return head
+        return personalise(head, self.landmark_offsets, self.expression_offsets)
 
 
 @dataclass(frozen=True)
@@ -153,17 +157,16 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
             "eyes": (count, 2, 3),
             "usable": (count,),
             "crop": (3,),
-            "landmark_offsets": (None, 3),
-            "expression_offsets": (len(names), None, 3),
         }.items()
     }
+    personal = {"landmark_offsets": (None, 3), "expression_offsets": (len(names), None, 3)}
+    offsets = {n: _take(fit, n, shape, path).astype(np.float32) for n, shape in personal.items() if n in fit}
     x0, y0, side = (round(float(value)) for value in arrays["crop"])
     if side < 1 or resolution < 1:
         raise StageError(f"'{path}' has a crop with sides of {side} px.", RERUN_FIT)
     return Clip(
         K=crop_intrinsics(arrays["K"].astype(np.float64), (x0, y0, side), resolution),
         resolution=resolution,
-        image_size=(int(listing["width"]), int(listing["height"])),
         crop=(x0, y0, side),
         Ts_cam_head=arrays["Ts_cam_head"].astype(np.float64),
         Ts_cam_torso=arrays["Ts_cam_torso"].astype(np.float64),
@@ -175,10 +178,11 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
         usable=arrays["usable"].astype(bool),
         times=np.array([frame["time"] for frame in frames], np.float64),
         head=str(_take(fit, "head", (), path)),
-        landmark_offsets=arrays["landmark_offsets"].astype(np.float32),
-        expression_offsets=arrays["expression_offsets"].astype(np.float32),
         frames=tuple(subject.stage("decode") / frame["file"] for frame in frames),
         alphas=tuple(subject.stage("matte") / "alpha" / f"{frame['index']:06d}.png" for frame in frames),
+        image_size=(int(listing["width"]), int(listing["height"])),
+        landmark_offsets=offsets.get("landmark_offsets"),
+        expression_offsets=offsets.get("expression_offsets"),
     )
 
 
