@@ -81,7 +81,16 @@ def load_data(run: StageRun, clip: Clip) -> TrainingData:
         crops = load_crops(clip, indices, threads=run.threads, on_frame=task.advance)
     rows = conditions_of(clip)
     chosen = Condition(*(value[indices] for value in rows))
-    return TrainingData(crops.images, crops.alphas, chosen, clip.K, clip.personal_head(), clip.identity)
+    inside = clip.inside()
+    return TrainingData(
+        crops.images,
+        crops.alphas,
+        chosen,
+        clip.K,
+        clip.personal_head(),
+        clip.identity,
+        None if inside.min() == 1 else inside,
+    )
 
 
 def optimise(run: StageRun, trainer: Trainer) -> None:
@@ -157,7 +166,7 @@ def finish(run: StageRun, trainer: Trainer, frames: int) -> Result:
 
 STAGE = Stage(
     name="train",
-    version=1,
+    version=2,
     inputs=("decode", "matte", "fit"),
     run=run,
     reads=("evaluate.holdout", "evaluate.min_holdout_frames"),
