@@ -55,6 +55,8 @@ class ClipRenderer:
 
     Attributes:
         conditions: T rows. K: [3,3] intrinsics at `resolution` pixels. Both on the avatar's device.
+        inside: [R,R] share of each pixel inside the clip's frames; what is outside is white in the truth and so is it
+            in a render.
     """
 
     avatar: AvatarModel
@@ -62,12 +64,13 @@ class ClipRenderer:
     K: Tensor
     resolution: int
     threads: int
+    inside: NDArray[np.float32]
 
     @staticmethod
     def of(avatar: AvatarModel, clip: Clip, threads: int, device: torch.device | str = "cpu") -> ClipRenderer:
         """The avatar, which is on `device`, driven by the clip it was fitted to, or by another one."""
         K = torch.as_tensor(clip.K, dtype=torch.float32, device=device)
-        return ClipRenderer(avatar, conditions_of(clip, device), K, clip.resolution, threads)
+        return ClipRenderer(avatar, conditions_of(clip, device), K, clip.resolution, threads, clip.inside())
 
     def render(self, frame: int) -> Picture:
         """One frame over white, clamped to what a screen can show."""
@@ -76,7 +79,8 @@ class ClipRenderer:
             view = self.avatar.render(
                 self.conditions.frame(frame), self.K, self.resolution, self.resolution, white, threads=self.threads
             )
-        return Picture(view.image.clamp(0, 1).cpu().numpy(), view.alpha.clamp(0, 1).cpu().numpy())
+        image, alpha = view.image.clamp(0, 1).cpu().numpy(), view.alpha.clamp(0, 1).cpu().numpy()
+        return Picture(1 + self.inside[..., None] * (image - 1), self.inside * alpha)
 
     def fps(self, frames: Sequence[int]) -> float:
         """Frames a second from condition to image, deformation included: the median of single renders."""

@@ -296,7 +296,7 @@ def _rounded(value: float | None) -> float | None:
 
 STAGE = Stage(
     name="evaluate",
-    version=1,
+    version=2,
     inputs=("decode", "matte", "fit", "train"),
     run=run,
     reads=("train.resolution",),

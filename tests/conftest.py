@@ -18,13 +18,15 @@ def clips() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none, and say so."""
-    if not any(item.get_closest_marker("gpu") for item in items):
-        return
+    """Skip what needs a CUDA device where there is none, and what is slow unless asked for, and say so."""
+    for item in items:
+        if item.get_closest_marker("slow") and not os.environ.get("HEADCAST_SLOW"):
+            item.add_marker(pytest.mark.skip(reason="slow: set HEADCAST_SLOW=1 to run it"))
+        if item.get_closest_marker("gpu") and not _cuda():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def _cuda() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="no CUDA device here")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+    return bool(torch.cuda.is_available())

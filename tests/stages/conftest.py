@@ -50,6 +50,8 @@ def finished_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         identity=clip.identity,
         expression=clip.expression,
         expression_names=np.array(clip.head.expression_names),
+        landmark_offsets=np.zeros((478, 3), np.float32),
+        expression_offsets=np.zeros((52, 478, 3), np.float32),
         usable=np.arange(FRAMES) != FRAMES - 2,
         residual_px=np.full(FRAMES, 0.4, np.float32),
         head=np.array("anny"),
