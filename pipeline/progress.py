@@ -21,21 +21,28 @@ class Task:
     note: str = ""
     started: float = field(default_factory=time.monotonic)
     first: int = 0
+    begun: float | None = None
+    begun_at: int = 0
     on_change: Callable[[Task], None] = lambda task: None
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Count finished work; `note` is a short live figure such as `PSNR 31.2 dB`."""
+        if self.begun is None:
+            self.begun, self.begun_at = time.monotonic(), self.done + count
         self.done += count
         if note is not None:
             self.note = note
         self.on_change(self)
 
     def eta_seconds(self) -> float | None:
-        """Time left at the mean rate of this run; None before anything is done."""
-        fresh = self.done - self.first
-        if fresh <= 0:
+        """Time left at the mean rate of this run; None before there is one.
+
+        The first piece of work does not count: it often waits for a compiler or a model.
+        """
+        fresh = self.done - self.begun_at
+        if self.begun is None or fresh <= 0:
             return None
-        return (time.monotonic() - self.started) / fresh * (self.total - self.done)
+        return (time.monotonic() - self.begun) / fresh * (self.total - self.done)
 
     def line(self) -> str:
         """`track: 120/216 frames (56 %), 3 s left, note`."""
