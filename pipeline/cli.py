@@ -172,7 +172,7 @@ def _set_up_logging(verbose: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     if not verbose:
-        handler.addFilter(lambda record: not record.name.startswith("prefect"))
+        handler.addFilter(lambda record: record.name.partition(".")[0] in ("pipeline", "stages", "flows"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
@@ -264,7 +264,7 @@ def _demo(command: Demo) -> tuple[dict[str, Any], str, int]:
 
 def _carry_out(request: Any) -> tuple[dict[str, Any], str, int]:
     """Bring a subject up to date; Prefect starts only when there is something to do."""
-    from pipeline.run import account, nothing_to_do, prepare
+    from pipeline.run import account, check_writable, nothing_to_do, prepare
     from pipeline.stage import inspect_stages
     from stages import STAGES
 
@@ -272,6 +272,7 @@ def _carry_out(request: Any) -> tuple[dict[str, Any], str, int]:
     worked: list[str] = []
     subject, config, wanted = prepare(request, STAGES)
     if states is None:
+        check_writable(request.data)
         from flows.subject import subject_flow
 
         try:

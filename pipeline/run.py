@@ -115,6 +115,21 @@ def prepare(request: RunRequest, stages: Sequence[Stage]) -> tuple[Subject, Conf
     return subject, config, list(stages[: end + 1])
 
 
+def check_writable(data: Path) -> None:
+    """Refuse a data folder that cannot be made or written, before anything is started for it.
+
+    Raises:
+        UserError: it lies on a read-only file system, belongs to somebody else, or a file is in its place.
+    """
+    folder = next(path for path in (data.absolute(), *data.absolute().parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "is no folder" if not folder.is_dir() else "cannot be written"
+        raise UserError(
+            f"The data folder '{data}' cannot be used: '{folder}' {what}.",
+            "make it writable or choose another with --data",
+        )
+
+
 def open_subject(request: RunRequest, subject: Subject, config: Config) -> None:
     """Make the subject's folder, register its source and record the settings. The caller holds the lock.
 
