@@ -98,7 +98,7 @@ class TrainConfig(Section):
     random_background: float = Field(0.25, ge=0, le=1)
     """Share of the steps over a random colour instead of white, which teaches the alpha."""
     max_frames: int = Field(600, ge=1)
-    """Training frames at most, chosen to spread over pose and expression."""
+    """Training frames at most, spread evenly over the clip."""
     seed: int = 0
     """Seed of every random choice."""
 
