@@ -1,7 +1,9 @@
-"""Benchmark of the CPU rasteriser against its torch reference, on the three standard scenes.
+"""Benchmark of the CPU rasteriser: forward, backward, loss, rendering alone, and a whole training step.
 
-Runs of all contestants are interleaved and medians taken, so that a busy machine disturbs them alike: the ratios hold
-where the milliseconds do not. `python -m pipeline.bench_raster [--json]`.
+On the three standard scenes the rasteriser and the photometric loss run against their torch references, beside the time
+that arithmetic alone would take at a given peak. Runs of all contestants are interleaved and medians taken, so that a
+busy machine disturbs them alike: the ratios hold where the milliseconds do not. Times are noisy even so; on a machine
+that does anything else, a parallel region of a millisecond can take ten. `headcast bench raster`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,8 +24,22 @@ from torch import Tensor
 from pipeline.losses import photometric_loss
 from pipeline.rasterize import Backend, Render, rasterize, render_uint8
 
+if TYPE_CHECKING:
+    from pipeline.avatars import TrainingData
+
 SCENES = (("10k-256", 10_000, 256), ("20k-256", 20_000, 256), ("50k-512", 50_000, 512))
 """Name, Gaussians, image side in pixels."""
+RENDERS = (("10k-256", 10_000, 256), ("10k-512", 10_000, 512))
+"""Scenes that are rendered without gradients."""
+STEP = (10_000, 256)
+"""Gaussians and image side of the training step."""
+WARM_STEPS, TIMED_STEPS = 5, 40
+STEP_FRAMES = 6
+
+FLOP_PER_PAIR = {"forward": 33, "backward": 60}
+"""Arithmetic of one Gaussian at one pixel that it contributes to."""
+PEAK_GFLOPS = 456.0
+"""float32 arithmetic per second of two AMD Zen 5 cores."""
 
 
 @dataclass(frozen=True)
@@ -134,36 +150,49 @@ def _loss(scene: Scene, backend: Literal["cpu", "reference"], threads: int | Non
     return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
 
 
-def _render(scene: Scene, threads: int | None) -> tuple[float, float]:
-    """Milliseconds of one 8-bit render."""
+def _render(scene: Scene, threads: int | None) -> float:
+    """Milliseconds of one 8-bit render without gradients."""
     start = time.perf_counter()
     render_uint8(
         scene.means, scene.quats, scene.scales, scene.opacities, scene.colors, scene.viewmat, scene.K,
         scene.size, scene.size, background=torch.ones(3), threads=threads,
     )  # fmt: skip
-    return 1e3 * (time.perf_counter() - start), 0.0
+    return 1e3 * (time.perf_counter() - start)
 
 
 def bench(
     scenes: tuple[tuple[str, int, int], ...] = SCENES,
+    renders: tuple[tuple[str, int, int], ...] = RENDERS,
+    step: tuple[int, int] | None = STEP,
     *,
     rounds: int = 7,
     repeats: int = 5,
     threads: int | None = None,
-    report: Callable[[str], None] | None = None,
+    peak_gflops: float = PEAK_GFLOPS,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Time rasteriser and loss against their references.
+    """Measure the rasteriser on this machine; times are noisy, the ratios of one run less so.
 
     Args:
-        scenes: name, number of Gaussians and image side of each scene.
+        scenes: name, number of Gaussians and image side of each scene that runs against the reference.
+        renders: the same of each scene that is rendered without gradients.
+        step: number of Gaussians and image side of the training step; none leaves it out.
         rounds: interleaved rounds; each runs the reference once and the fast code `repeats` times.
         threads: for everything, torch included; None leaves torch's setting.
-        report: receives a line of text as each scene starts.
+        peak_gflops: float32 arithmetic per second that `limit_ms` supposes, in 1e9.
+        report: receives a line of text as each measurement starts.
 
     Returns:
-        Plain data: `threads` and `scenes`, each with `name, gaussians, size, reference_ms` (forward plus backward),
-        `cpu_ms {forward, backward}, ratio, pairs {evaluated, contributing}, loss {reference_ms, cpu_ms {..}, ratio}`
-        and `render_fps`. Milliseconds are medians; `ratio` is the median over rounds of the round's own ratio.
+        Plain data, times in milliseconds as medians:
+
+        - `threads`, `peak_gflops`;
+        - `scenes`, each with `name, gaussians, size, reference_ms` (forward plus backward), `cpu_ms {forward,
+          backward}, ratio` (median over rounds of the round's own), `limit_ms {forward, backward}` (the arithmetic of
+          the contributing pairs at the peak), `pairs {evaluated, contributing}` and the photometric `loss
+          {reference_ms, cpu_ms {..}, ratio}`;
+        - `renders`, each with `name, gaussians, size, ms, fps`: to 8-bit images, without gradients;
+        - `train_step` with `avatar, gaussians, size, step_ms`: an optimisation step of the `rigged` avatar on a
+          synthetic clip, from the choice of the frame to the changed weights; None if left out.
     """
     before = torch.get_num_threads()
     if threads is not None:
@@ -171,7 +200,10 @@ def bench(
     try:
         return {
             "threads": torch.get_num_threads(),
-            "scenes": [_bench_scene(*scene, rounds, repeats, threads, report) for scene in scenes],
+            "peak_gflops": peak_gflops,
+            "scenes": [_bench_scene(*scene, rounds, repeats, threads, peak_gflops, report) for scene in scenes],
+            "renders": [_bench_render(*scene, rounds * repeats, threads, report) for scene in renders],
+            "train_step": None if step is None else _bench_step(*step, torch.get_num_threads(), report),
         }
     finally:
         torch.set_num_threads(before)
@@ -184,17 +216,16 @@ def _bench_scene(
     rounds: int,
     repeats: int,
     threads: int | None,
-    report: Callable[[str], None] | None,
+    peak_gflops: float,
+    report: Callable[[str], None],
 ) -> dict[str, Any]:
-    if report is not None:
-        report(f"{name}: {gaussians:,} Gaussians, {size} x {size}, {rounds} rounds")
+    report(f"{name}: {gaussians:,} Gaussians, {size} x {size}, {rounds} rounds")
     scene = standard_scene(gaussians, size)
     contestants: dict[str, tuple[Callable[[], tuple[float, float]], int]] = {
         "raster_reference": (lambda: _forward_and_backward(scene, "reference", threads), 1),
         "raster": (lambda: _forward_and_backward(scene, "cpu", threads), repeats),
         "loss_reference": (lambda: _loss(scene, "reference", threads), 1),
         "loss": (lambda: _loss(scene, "cpu", threads), repeats),
-        "render": (lambda: _render(scene, threads), repeats),
     }
     for run, _ in contestants.values():
         run()  # compiles, and warms caches
@@ -210,6 +241,7 @@ def _bench_scene(
     def split(key: str) -> dict[str, float]:
         return {"forward": float(medians[key][0]), "backward": float(medians[key][1])}
 
+    pairs = count_pairs(scene)
     return {
         "name": name,
         "gaussians": gaussians,
@@ -217,30 +249,90 @@ def _bench_scene(
         "reference_ms": float(medians["raster_reference"].sum()),
         "cpu_ms": split("raster"),
         "ratio": ratio("raster_reference", "raster"),
-        "pairs": count_pairs(scene),
+        "limit_ms": {
+            part: 1e3 * pairs["contributing"] * flop / (1e9 * peak_gflops) for part, flop in FLOP_PER_PAIR.items()
+        },
+        "pairs": pairs,
         "loss": {
             "reference_ms": float(medians["loss_reference"].sum()),
             "cpu_ms": split("loss"),
             "ratio": ratio("loss_reference", "loss"),
         },
-        "render_fps": float(1e3 / medians["render"][0]),
     }
+
+
+def _bench_render(
+    name: str, gaussians: int, size: int, count: int, threads: int | None, report: Callable[[str], None]
+) -> dict[str, Any]:
+    report(f"{name}: {count} renders")
+    scene = standard_scene(gaussians, size)
+    _render(scene, threads)
+    milliseconds = float(np.median([_render(scene, threads) for _ in range(count)]))
+    return {"name": name, "gaussians": gaussians, "size": size, "ms": milliseconds, "fps": 1e3 / milliseconds}
+
+
+def _bench_step(gaussians: int, size: int, threads: int, report: Callable[[str], None]) -> dict[str, Any]:
+    from pipeline.config import TrainConfig
+    from pipeline.training import Trainer
+
+    report(f"rigged avatar: {TIMED_STEPS} training steps, {gaussians:,} Gaussians, {size} x {size}")
+    config = TrainConfig(avatar="rigged", gaussians=gaussians, resolution=size, coarse_share=0)  # no step is smaller
+    torch.set_num_threads(1)  # as the train stage has it
+    trainer = Trainer(_training_data(size), config, threads=threads)
+    times = []
+    for _ in range(WARM_STEPS + TIMED_STEPS):
+        start = time.perf_counter()
+        trainer.step()
+        times.append(1e3 * (time.perf_counter() - start))
+    step_ms = float(np.median(times[WARM_STEPS:]))
+    return {"avatar": "rigged", "gaussians": gaussians, "size": size, "step_ms": step_ms}
+
+
+def _training_data(size: int) -> TrainingData:
+    """A few frames of a synthetic subject, whose torso keeps still relative to the head."""
+    from pipeline.avatars import Condition, TrainingData
+    from pipeline.synthetic import make_clip
+
+    clip = make_clip(STEP_FRAMES, size, size, seed=0, background="plain", supersample=1)
+    over_white = clip.images + (1 - clip.alpha[..., None]) * 255 * (1 - clip.background)
+    arrays = (clip.expression, clip.Ts_cam_head, clip.Ts_cam_head, 0 * clip.neck, clip.eyes)
+    return TrainingData(
+        images=over_white.round().clip(0, 255).astype(np.uint8),
+        alphas=(clip.alpha * 255).round().astype(np.uint8),
+        conditions=Condition(*(torch.as_tensor(array, dtype=torch.float32) for array in arrays)),
+        K=clip.K,
+        head=clip.head,
+        identity=clip.identity,
+    )
 
 
 def table(result: dict[str, Any]) -> str:
     """The result of `bench` as aligned text."""
     lines = [
-        f"{'scene':>8} {'reference':>10} {'forward':>8} {'backward':>9} {'ratio':>6} {'evaluated/contributing':>23}"
-        f" {'loss':>13} {'ratio':>6} {'render':>10}   (ms, {result['threads']} threads)"
+        f"Medians in ms, {result['threads']} threads. Times are noisy; ratios are to torch in the same run.",
+        f"The limit is the arithmetic of the contributing pairs at {result['peak_gflops']:g} GFLOP/s.",
+        "",
+        f"{'scene':>8} {'reference':>10} {'forward':>8} {'limit':>6} {'backward':>9} {'limit':>6} {'ratio':>6}"
+        f" {'evaluated/contributing pairs':>29} {'loss':>13} {'ratio':>6}",
     ]
     for scene in result["scenes"]:
-        pairs, loss = scene["pairs"], scene["loss"]
-        share = f"{pairs['evaluated'] / 1e6:.2f}M / {pairs['contributing'] / 1e6:.2f}M"
-        times = f"{loss['cpu_ms']['forward']:.2f} + {loss['cpu_ms']['backward']:.2f}"
+        cpu, limit, pairs, loss = scene["cpu_ms"], scene["limit_ms"], scene["pairs"], scene["loss"]
+        evaluated, contributing = pairs["evaluated"] / 1e6, pairs["contributing"] / 1e6
+        share = f"{evaluated:.2f}M / {contributing:.2f}M = {evaluated / max(contributing, 1e-9):.2f}"
+        loss_ms = f"{loss['cpu_ms']['forward']:.2f} + {loss['cpu_ms']['backward']:.2f}"
         lines.append(
-            f"{scene['name']:>8} {scene['reference_ms']:>10.1f} {scene['cpu_ms']['forward']:>8.2f}"
-            f" {scene['cpu_ms']['backward']:>9.2f} {scene['ratio']:>6.0f} {share:>23} {times:>13} {loss['ratio']:>6.0f}"
-            f" {scene['render_fps']:>6.0f} fps"
+            f"{scene['name']:>8} {scene['reference_ms']:>10.1f} {cpu['forward']:>8.2f} {limit['forward']:>6.2f}"
+            f" {cpu['backward']:>9.2f} {limit['backward']:>6.2f} {scene['ratio']:>6.0f} {share:>29}"
+            f" {loss_ms:>13} {loss['ratio']:>6.0f}"
+        )
+    lines.append("")
+    for render in result["renders"]:
+        lines.append(f"{render['name']:>8} rendering alone, 8-bit: {render['ms']:.2f}, {render['fps']:.0f} a second")
+    if result["train_step"]:
+        step = result["train_step"]
+        lines.append(
+            f"A training step of the {step['avatar']} avatar, {step['gaussians']:,} Gaussians,"
+            f" {step['size']} x {step['size']}: {step['step_ms']:.1f}"
         )
     return "\n".join(lines)
 

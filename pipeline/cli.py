@@ -111,7 +111,12 @@ class Demo(Common):
 
 @dataclass(frozen=True)
 class Bench(Common):
-    """Measure this machine. raster: the rasteriser against its torch reference. run: whole runs, twice each."""
+    """Measure this machine; times are noisy, so leave it alone meanwhile.
+
+    raster: the rasteriser's forward and backward pass on the three standard scenes against its torch reference and
+    against the arithmetic limit, the pairs of pixels and Gaussians that it evaluates against those that contribute, the
+    photometric loss, rendering alone, and a whole training step; about a minute. run: whole runs, twice each.
+    """
 
     what: tyro.conf.Positional[Literal["raster", "run"]] = "raster"
     """What to measure."""
@@ -119,6 +124,10 @@ class Bench(Common):
     """For run: the clips; by default the sample clip."""
     preset: Literal["quick", "standard", "best"] = "quick"
     """For run: the budget."""
+    threads: int | None = None
+    """For raster: threads of everything; by default as many as torch takes."""
+    peak_gflops: float = 456.0
+    """For raster: float32 arithmetic per second that the limit supposes, in 1e9 (default: two AMD Zen 5 cores)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -346,14 +355,19 @@ def _assets(command: Assets) -> tuple[dict[str, Any], str, int]:
 
 
 def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
+    from pipeline.progress import default_reporter
+
     if command.what == "raster":
+        for name, value in (("threads", command.threads), ("peak-gflops", command.peak_gflops)):
+            if value is not None and value <= 0:
+                raise UserError(f"--{name} is {value}.", "give a number above 0")
         from pipeline.bench_raster import bench, table
 
-        document = bench()
+        reporter = default_reporter()
+        document = bench(threads=command.threads, peak_gflops=command.peak_gflops, report=reporter.message)
         return document, table(document), 0
     from pipeline import bench_run
     from pipeline.assets import SAMPLE_CLIP, asset_path, ensure_assets
-    from pipeline.progress import default_reporter
     from stages import STAGES
 
     ensure_assets({name for stage in STAGES for name in stage.assets}, default_reporter())
