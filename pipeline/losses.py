@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.rasterize import team
-from pipeline.rasterize.simd import LANES, absolute, load, select, store
-from pipeline.rasterize.team import done, take, wait
+from pipeline.rasterize.simd import LANES, absolute, at, load, put, select, store
+from pipeline.rasterize.team import counters, done, doubles, floats, integer, kernel, take, wait
 
 RADIUS = 5
 C1, C2 = 0.01**2, 0.03**2
@@ -109,18 +109,17 @@ class _Photometric(torch.autograd.Function):
         threads: int | None,
     ) -> Tensor:
         height, width, channels = image.shape
-        row = -(-width * channels // LANES) * LANES
-        planes = np.empty((3, height, row), np.float32)
-        moments = np.empty((3 if ctx.needs_input_grad[0] else 0, height, row), np.float32)
-        sums = np.zeros((height, 2), np.float64)
-        weights = np.empty((0, 0), np.float32) if weight is None else weight.detach().float().contiguous().numpy()
+        size = height * -(-width * channels // LANES) * LANES
+        planes = image.new_empty(3 * size)
+        moments = image.new_empty(3 * size if ctx.needs_input_grad[0] else 0)
+        sums = image.new_empty(height, 2, dtype=torch.float64)
         team.run(
-            _forward, threads, image.detach().contiguous().numpy(), target.detach().float().contiguous().numpy(),
-            weights, planes, moments, sums,
+            loss_forward, threads, image.contiguous(), target.float().contiguous(),
+            image.new_empty(0) if weight is None else weight.float().contiguous(), planes, moments, sums, *image.shape,
         )  # fmt: skip
         ctx.arrays = planes, moments
         ctx.shape, ctx.factors, ctx.threads = image.shape, (l1 / image.numel(), ssim / image.numel()), threads
-        l1_sum, ssim_sum = sums.sum(axis=0)
+        l1_sum, ssim_sum = sums.sum(dim=0).tolist()
         return image.new_tensor((l1 * l1_sum + ssim * ssim_sum) / image.numel())
 
     @staticmethod
@@ -129,8 +128,8 @@ class _Photometric(torch.autograd.Function):
         planes, moments = ctx.arrays
         v_image = v_loss.new_empty(ctx.shape)
         scale = float(v_loss)
-        factors = np.array([scale * ctx.factors[0], -scale * ctx.factors[1]], np.float32)
-        team.run(_backward, ctx.threads, planes, moments, factors, v_image.numpy())
+        factors = torch.tensor([scale * ctx.factors[0], -scale * ctx.factors[1]])
+        team.run(loss_backward, ctx.threads, planes, moments, factors, v_image, *ctx.shape)
         return v_image, None, None, None, None, None
 
 
@@ -146,8 +145,11 @@ def _forward(
     target: np.ndarray,  # [H,W,C]
     weights: np.ndarray,  # [H,W], or empty for one everywhere
     planes: np.ndarray,  # [3,H,R]
-    moments: np.ndarray,  # [3,H,R], or [0,H,R] where no gradient is wanted
+    moments: np.ndarray,  # [3,H,R], or empty where no gradient is wanted
     sums: np.ndarray,  # [H,2]
+    height: int,
+    width: int,
+    channels: int,
 ) -> None:
     """Sums of the weighted |d| and 1 - SSIM per row [H,2], and what the backward pass needs.
 
@@ -155,26 +157,28 @@ def _forward(
     target and weight; `moments` [3,H,R] the weighted derivatives of SSIM by the local means of x, x^2 and x y.
     Sum and difference of the images need four blurred planes where the images themselves would need five.
     """
-    height, width, channels = image.shape
     n = width * channels
-    size = planes.shape[2]
+    size = -(-n // LANES) * LANES
     pad = -(-RADIUS * channels // LANES) * LANES
-    blurred = np.zeros((4, size + 2 * pad), np.float32)
-    flat_planes, flat_moments, flat_blurred = planes.reshape(-1), moments.reshape(-1), blurred.reshape(-1)
     plane, stride = height * size, size + 2 * pad
+    blurred = np.zeros(4 * stride, np.float32)
+    row_sums = np.empty(2 * LANES, np.float32)
     while True:
         y = take(sync, 0, height)
         if y < 0:
             break
-        planes[:, y, n:] = _ZERO
-        planes[0, y, :n] = image[y].reshape(-1)
-        planes[1, y, :n] = target[y].reshape(-1)
+        here = y * size
+        for first in (here, plane + here, 2 * plane + here):
+            planes[first + n : first + size] = _ZERO
+        planes[here : here + n] = image[y * n : (y + 1) * n]
+        planes[plane + here : plane + here + n] = target[y * n : (y + 1) * n]
+        here += 2 * plane
         if weights.size == 0:
-            planes[2, y, :n] = _ONE
+            planes[here : here + n] = _ONE
         else:
             for x in range(width):
                 for c in range(channels):
-                    planes[2, y, x * channels + c] = weights[y, x]
+                    put(planes, here + x * channels + c, at(weights, y * width + x))
         done(sync, 0)
     wait(sync, 0, height)
     while True:
@@ -183,33 +187,33 @@ def _forward(
             break
         first, last = max(0, y - RADIUS), min(height, y + RADIUS + 1)
         for j in range(0, size, LANES):
-            zero = load(flat_planes, j) * _ZERO
+            zero = load(planes, j) * _ZERO
             s_mean, d_mean, s_square, d_square = zero, zero, zero, zero
             for k in range(first, last):
                 tap = TAPS[k - y + RADIUS]
-                a, b = load(flat_planes, k * size + j), load(flat_planes, plane + k * size + j)
+                a, b = load(planes, k * size + j), load(planes, plane + k * size + j)
                 s, d = a + b, a - b
                 s_tap, d_tap = s * tap, d * tap
                 s_mean, d_mean = s_mean + s_tap, d_mean + d_tap
                 s_square, d_square = s_square + s * s_tap, d_square + d * d_tap
-            store(flat_blurred, pad + j, s_mean)
-            store(flat_blurred, stride + pad + j, d_mean)
-            store(flat_blurred, 2 * stride + pad + j, s_square)
-            store(flat_blurred, 3 * stride + pad + j, d_square)
+            store(blurred, pad + j, s_mean)
+            store(blurred, stride + pad + j, d_mean)
+            store(blurred, 2 * stride + pad + j, s_square)
+            store(blurred, 3 * stride + pad + j, d_square)
         # Columns past the last pixel have been blurred vertically from zeros, so they are zero padding already.
-        l1_sum, ssim_sum = load(flat_planes, 0) * _ZERO, load(flat_planes, 0) * _ZERO
+        l1_sum, ssim_sum = load(planes, 0) * _ZERO, load(planes, 0) * _ZERO
         for j in range(0, size, LANES):
-            zero = load(flat_planes, j) * _ZERO
+            zero = load(planes, j) * _ZERO
             s_mean, d_mean, s_square, d_square = zero, zero, zero, zero
             for k in range(2 * RADIUS + 1):
                 tap = TAPS[k]
-                at = pad + j + (k - RADIUS) * channels
-                s_mean, d_mean = s_mean + load(flat_blurred, at) * tap, d_mean + load(flat_blurred, stride + at) * tap
-                s_square = s_square + load(flat_blurred, 2 * stride + at) * tap
-                d_square = d_square + load(flat_blurred, 3 * stride + at) * tap
+                there = pad + j + (k - RADIUS) * channels
+                s_mean, d_mean = s_mean + load(blurred, there) * tap, d_mean + load(blurred, stride + there) * tap
+                s_square = s_square + load(blurred, 2 * stride + there) * tap
+                d_square = d_square + load(blurred, 3 * stride + there) * tap
             here = y * size + j
-            weight = load(flat_planes, 2 * plane + here)
-            d = load(flat_planes, here) - load(flat_planes, plane + here)
+            weight = load(planes, 2 * plane + here)
+            d = load(planes, here) - load(planes, plane + here)
             l1_sum = l1_sum + absolute(d) * weight
             ss, dd = s_mean * s_mean, d_mean * d_mean
             s_var, d_var = s_square - ss, d_square - dd
@@ -218,22 +222,23 @@ def _forward(
             inverse = _ONE / (bottom_1 * bottom_2)
             value = top_1 * top_2 * inverse
             ssim_sum = ssim_sum + (_ONE - value) * weight
-            if moments.shape[0] > 0:
+            if moments.size:
                 # By E[s^2], E[d^2] (through the variances) and by the means of s and d.
                 by_top_2, by_bottom_2 = top_1 * inverse * _HALF, value * bottom_1 * inverse * _HALF
                 by_ss, by_dd = by_top_2 - by_bottom_2, -(by_top_2 + by_bottom_2)
                 by_top_1, by_bottom_1 = top_2 * inverse, value * bottom_2 * inverse
                 by_s = s_mean * (by_top_1 - by_bottom_1 - by_ss * _TWO)
                 by_d = d_mean * (-(by_top_1 + by_bottom_1) - by_dd * _TWO)
-                store(flat_moments, here, (by_s + by_d) * weight)
-                store(flat_moments, plane + here, (by_ss + by_dd) * weight)
-                store(flat_moments, 2 * plane + here, (by_ss - by_dd) * _TWO * weight)
-        row_sums = np.empty(2 * LANES, np.float32)
+                store(moments, here, (by_s + by_d) * weight)
+                store(moments, plane + here, (by_ss + by_dd) * weight)
+                store(moments, 2 * plane + here, (by_ss - by_dd) * _TWO * weight)
         store(row_sums, 0, l1_sum)
         store(row_sums, LANES, ssim_sum)
-        for k in range(LANES):
-            sums[y, 0] += row_sums[k]
-            sums[y, 1] += row_sums[LANES + k]
+        for part in range(2):
+            total = 0.0
+            for k in range(LANES):
+                total += row_sums[part * LANES + k]
+            sums[2 * y + part] = total
         done(sync, 1)
     wait(sync, 1, height)
 
@@ -245,22 +250,21 @@ def _backward(
     moments: np.ndarray,  # [3,H,R]
     factors: np.ndarray,  # [2]
     v_image: np.ndarray,  # [H,W,C]
+    height: int,
+    width: int,
+    channels: int,
 ) -> None:
     """Gradient by the image: `factors` are those of the sums of weighted |d| and SSIM.
 
     The window is symmetric, so the transpose of the blur is the blur:
     d/dx = blur(by mean) + 2 x blur(by mean of x^2) + y blur(by mean of x y).
     """
-    height, width, channels = v_image.shape
     n = width * channels
-    size = planes.shape[2]
+    size = -(-n // LANES) * LANES
     pad = -(-RADIUS * channels // LANES) * LANES
-    stride = size + 2 * pad
-    plane = height * size
-    flat_planes, flat_moments = planes.reshape(-1), moments.reshape(-1)
+    plane, stride = height * size, size + 2 * pad
     blurred = np.zeros(3 * stride, np.float32)
     row = np.empty(size, np.float32)
-    flat_v = v_image.reshape(-1)
     l1, ssim = factors[0], factors[1]
     while True:
         y = take(sync, 0, height)
@@ -268,30 +272,48 @@ def _backward(
             break
         first, last = max(0, y - RADIUS), min(height, y + RADIUS + 1)
         for j in range(0, size, LANES):
-            by_mean = load(flat_planes, j) * _ZERO
+            by_mean = load(planes, j) * _ZERO
             by_xx, by_xy = by_mean, by_mean
             for k in range(first, last):
                 tap = TAPS[k - y + RADIUS]
                 here = k * size + j
-                by_mean = by_mean + load(flat_moments, here) * tap
-                by_xx = by_xx + load(flat_moments, plane + here) * tap
-                by_xy = by_xy + load(flat_moments, 2 * plane + here) * tap
+                by_mean = by_mean + load(moments, here) * tap
+                by_xx = by_xx + load(moments, plane + here) * tap
+                by_xy = by_xy + load(moments, 2 * plane + here) * tap
             store(blurred, pad + j, by_mean)
             store(blurred, stride + pad + j, by_xx)
             store(blurred, 2 * stride + pad + j, by_xy)
         for j in range(0, size, LANES):
-            by_mean = load(flat_planes, j) * _ZERO
+            by_mean = load(planes, j) * _ZERO
             by_xx, by_xy = by_mean, by_mean
             for k in range(2 * RADIUS + 1):
                 tap = TAPS[k]
-                at = pad + j + (k - RADIUS) * channels
-                by_mean = by_mean + load(blurred, at) * tap
-                by_xx = by_xx + load(blurred, stride + at) * tap
-                by_xy = by_xy + load(blurred, 2 * stride + at) * tap
+                there = pad + j + (k - RADIUS) * channels
+                by_mean = by_mean + load(blurred, there) * tap
+                by_xx = by_xx + load(blurred, stride + there) * tap
+                by_xy = by_xy + load(blurred, 2 * stride + there) * tap
             here = y * size + j
-            a, b, weight = load(flat_planes, here), load(flat_planes, plane + here), load(flat_planes, 2 * plane + here)
+            a, b, weight = load(planes, here), load(planes, plane + here), load(planes, 2 * plane + here)
             sign = select(a > b, weight, select(a < b, -weight, weight * _ZERO))
             store(row, j, sign * l1 + (by_mean + a * _TWO * by_xx + b * by_xy) * ssim)
-        flat_v[y * n : (y + 1) * n] = row[:n]
+        v_image[y * n : (y + 1) * n] = row[:n]
         done(sync, 0)
     wait(sync, 0, height)
+
+
+@kernel
+def loss_forward(job: Any) -> None:
+    """`_forward` with its arguments taken from a job."""
+    _forward(
+        counters(job), floats(job, 0), floats(job, 1), floats(job, 2), floats(job, 3), floats(job, 4), doubles(job, 5),
+        integer(job, 6), integer(job, 7), integer(job, 8),
+    )  # fmt: skip
+
+
+@kernel
+def loss_backward(job: Any) -> None:
+    """`_backward` with its arguments taken from a job."""
+    _backward(
+        counters(job), floats(job, 0), floats(job, 1), floats(job, 2), floats(job, 3),
+        integer(job, 4), integer(job, 5), integer(job, 6),
+    )  # fmt: skip

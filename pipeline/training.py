@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,14 @@ class Entry:
     """Over the monitored training frames, dB, whole crop on white."""
     psnr_val: float | None
     """Over the frames kept back; None when there are none, or once they are trained on too."""
+
+
+def compile_kernels(device: torch.device | str, report: Callable[[str], None]) -> None:
+    """Have the rasteriser and the loss compiled where they are (the CPU); `report` is told if that takes a while."""
+    if torch.device(device).type == "cpu":
+        from pipeline.rasterize import cpu  # its kernels are known from its import on
+
+        cpu.team.compile_kernels(report)
 
 
 class Trainer:

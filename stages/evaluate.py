@@ -55,13 +55,14 @@ def run(run: StageRun) -> Result:
     from pipeline.clip import load_clip
     from pipeline.dataset import read_json, write_json
     from pipeline.evaluation import ClipRenderer, judge, verdict_text
-    from pipeline.training import resolve_device
+    from pipeline.training import compile_kernels, resolve_device
 
     clip = load_clip(run.subject, run.config.train.resolution)
     train, test = _spans(run, clip)
     # As in training: torch's own threads only wait for each other at this size; the rasteriser keeps its own.
     torch.set_num_threads(1)
     device = resolve_device(run.device)
+    compile_kernels(device, run.reporter.message)
     renderer = ClipRenderer.of(load_avatar(run.subject.stage("train"), device), clip, run.threads, device)
     lpips, lpips_reason = _lpips(run.config.evaluate.lpips, clip.resolution)
     _measure_frames(run, clip, test.usable, renderer, lpips)

@@ -31,9 +31,10 @@ def run(run: StageRun) -> Result:
     import torch
 
     from pipeline.clip import load_clip
-    from pipeline.training import Trainer, resolve_device
+    from pipeline.training import Trainer, compile_kernels, resolve_device
 
     device = resolve_device(run.device)
+    compile_kernels(device, run.reporter.message)
     # Torch's threads only wait for each other on tensors this small (16 times slower on busy cores); the rasteriser,
     # the loss and the reading of frames have their own.
     torch.set_num_threads(1)

@@ -13,6 +13,7 @@ what came before, so no transmittance is stored.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -32,9 +33,11 @@ from pipeline.rasterize.simd import (
     load,
     load_block,
     load_rgb_block,
+    log2,
     lowest_bit,
     maximum,
     minimum,
+    prefetch,
     put,
     scatter,
     select,
@@ -44,7 +47,7 @@ from pipeline.rasterize.simd import (
     store_rgb_block,
     sums,
 )
-from pipeline.rasterize.team import done, take, wait
+from pipeline.rasterize.team import counters, done, floats, int32s, int64s, integer, kernel, take, uint16s, wait
 
 Floats = np.ndarray  # float32
 Ints = np.ndarray
@@ -58,10 +61,14 @@ TILE = 1 << TILE_BITS
 GAUSSIANS_PER_CHUNK = 512
 ENTRIES_PER_ROUND = 64
 """Entries culled before they are composited; after each round finished blocks drop out."""
+PREFETCH = 8
+"""Places ahead of the one at work whose data are fetched into the cache: depth order is no order in memory."""
 PARTS = 8
 """Independent slices of the depth order in the counting sort by tile."""
+PACKED = 8
+"""Floats in a projected Gaussian."""
 ROW = 16
-"""Floats in a packed Gaussian: one cache line."""
+"""Floats in a visible Gaussian, in depth order: one cache line."""
 CAMERA = 18
 """Floats of a packed camera: rotation (9), translation (3), fx, fy, cx, cy, width, height."""
 
@@ -92,24 +99,28 @@ def _scratch(size: int) -> Floats:
 
 
 @_jit
-def project_forward(
+def _project_forward(
     sync: Ints,
     means: Floats,  # [N,3]
     quats: Floats,  # [N,4]
     scales: Floats,  # [N,3]
-    log2_opacities: Floats,  # [N]
     opacities: Floats,  # [N]
+    colors: Floats,  # [N*C]
     camera: Floats,  # [CAMERA]
     means2d: Floats,  # [N,2]
     conics: Floats,  # [N,3]
     depths: Floats,  # [N]
     radii: Floats,  # [N]
-    extents: Floats,  # [N,2]
+    packed: Floats,  # [N,PACKED]
     flags: Ints,  # [1]
 ) -> None:
-    """Projection of `reference.project`. `extents` [N,2] gets the exact box half-sizes, 0 where culled; `flags[0]`
-    is raised where an input is not finite."""
+    """Projection of `reference.project`; `flags[0]` is raised where an input is not finite.
+
+    `packed` [N,PACKED] gets what compositing wants of a Gaussian, in two half cache lines: u, v, the exact half-sizes
+    of its box (0 where culled), the roots (see `_composite_forward`) and the log2 of its opacity.
+    """
     n = opacities.size
+    channels = colors.size // n if n else 0
     chunks = (n + GAUSSIANS_PER_CHUNK - 1) // GAUSSIANS_PER_CHUNK
     r00, r01, r02 = camera[0], camera[1], camera[2]
     r10, r11, r12 = camera[3], camera[4], camera[5]
@@ -127,7 +138,7 @@ def project_forward(
             qw, qx = gather(quats, 4, 0, i, n), gather(quats, 4, 1, i, n)
             qy, qz = gather(quats, 4, 2, i, n), gather(quats, 4, 3, i, n)
             s0, s1, s2 = gather(scales, 3, 0, i, n), gather(scales, 3, 1, i, n), gather(scales, 3, 2, i, n)
-            opacity, log2_opacity = gather(opacities, 1, 0, i, n), gather(log2_opacities, 1, 0, i, n)
+            opacity = gather(opacities, 1, 0, i, n)
             # Anything not finite times zero is NaN, and NaN is not >= 0.
             poison = (
                 (mx * 0 + my * 0 + mz * 0)
@@ -135,6 +146,8 @@ def project_forward(
                 + (s0 * 0 + s1 * 0 + s2 * 0)
                 + opacity * 0
             )
+            for c in range(channels):
+                poison = poison + gather(colors, channels, c, i, n) * 0
             if bits(poison >= 0) != 0xFFFF:
                 flags[0] = 1
 
@@ -166,6 +179,7 @@ def project_forward(
             inverse = _ONE / det
             u, v = xz * fx + cx, yz * fy + cy
 
+            log2_opacity = log2(opacity)
             extent = sqrt(maximum((log2_opacity - _LOG2_ALPHA_MIN) * (_TWO * _LN_2), _ZERO))
             extent = minimum(extent, _EXTENT_CAP)
             extent_x, extent_y = extent * sqrt(cov_xx), extent * sqrt(cov_yy)
@@ -176,19 +190,27 @@ def project_forward(
 
             scatter(means2d, 2, 0, i, n, u)
             scatter(means2d, 2, 1, i, n, v)
-            scatter(conics, 3, 0, i, n, cov_yy * inverse)
-            scatter(conics, 3, 1, i, n, -(cov_xy * inverse))
+            k_xx, k_xy = cov_yy * inverse, -(cov_xy * inverse)
+            scatter(conics, 3, 0, i, n, k_xx)
+            scatter(conics, 3, 1, i, n, k_xy)
             scatter(conics, 3, 2, i, n, cov_xx * inverse)
+            alpha = sqrt(k_xx * (_HALF * _LOG2_E))
             scatter(depths, 1, 0, i, n, z)
             scatter(radii, 1, 0, i, n, select(visible, maximum(radius_x, radius_y), _ZERO))
-            scatter(extents, 2, 0, i, n, select(visible, extent_x, _ZERO))
-            scatter(extents, 2, 1, i, n, select(visible, extent_y, _ZERO))
+            scatter(packed, PACKED, 0, i, n, u)
+            scatter(packed, PACKED, 1, i, n, v)
+            scatter(packed, PACKED, 2, i, n, select(visible, extent_x, _ZERO))
+            scatter(packed, PACKED, 3, i, n, select(visible, extent_y, _ZERO))
+            scatter(packed, PACKED, 4, i, n, alpha)
+            scatter(packed, PACKED, 5, i, n, k_xy * (_HALF * _LOG2_E) / alpha)
+            scatter(packed, PACKED, 6, i, n, sqrt((_HALF * _LOG2_E) / cov_yy))
+            scatter(packed, PACKED, 7, i, n, log2_opacity)
         done(sync, 0)
     wait(sync, 0, chunks)
 
 
 @_jit
-def project_backward(
+def _project_backward(
     sync: Ints,
     means: Floats,  # [N,3]
     quats: Floats,  # [N,4]
@@ -198,13 +220,13 @@ def project_backward(
     radii: Floats,  # [N]
     v_means2d: Floats,  # [N,2]
     v_conics: Floats,  # [N,3]
-    v_depths: Floats,  # [N]
+    v_depths: Floats,  # [N], or empty for zeros
     v_means: Floats,  # [N,3]
     v_quats: Floats,  # [N,4]
     v_scales: Floats,  # [N,3]
     v_camera: Floats,  # [chunks,12]
 ) -> None:
-    """Gradients of `project_forward`. `v_camera` [chunks, 12] gets each chunk's share of the gradient of the camera's
+    """Gradients of `_project_forward`. `v_camera` [chunks, 12] gets each chunk's share of the gradient of the camera's
     rotation and translation."""
     n = radii.size
     chunks = (n + GAUSSIANS_PER_CHUNK - 1) // GAUSSIANS_PER_CHUNK
@@ -306,7 +328,8 @@ def project_backward(
             v_yz = vv * fy - select((yz >= y_low) & (yz <= y_high), vj12 * j11, _ZERO)
             vx, vy = v_xz * rz, v_yz * rz
             vz = -(rz * (v_xz * xz + v_yz * yz + vj00 * j00 + vj11 * j11 + vj02 * j02 + vj12 * j12))
-            vz = vz + gather(v_depths, 1, 0, i, n)
+            if v_depths.size:
+                vz = vz + gather(v_depths, 1, 0, i, n)
             scatter(v_means, 3, 0, i, n, vx * r00 + vy * r10 + vz * r20)
             scatter(v_means, 3, 1, i, n, vx * r01 + vy * r11 + vz * r21)
             scatter(v_means, 3, 2, i, n, vx * r02 + vy * r12 + vz * r22)
@@ -379,44 +402,45 @@ def _sort_by_depth(
 
 
 @_jit
-def bin_tiles(
+def _bin_tiles(
     sync: Ints,
-    means2d: Floats,  # [N,2]
+    phase: int,
+    packed: Floats,  # [N,PACKED]
     depths: Floats,  # [N]
     radii: Floats,  # [N]
-    extents: Floats,  # [N,2]
-    width: int,
-    height: int,
     order: Ints,  # [N]
     boxes: Ints,  # [N,4]
     cursors: Ints,  # [PARTS,tiles]
-    slot_starts: Ints,  # [N+1]
+    slot_starts: Ints,  # [N]
     offsets: Ints,  # [tiles+1]
-    totals: Ints,  # [3+PARTS]
+    totals: Ints,  # [2+PARTS]
+    width: int,
+    height: int,
 ) -> None:
     """Count the entries of every tile.
 
     Writes the depth order [N] int32; per place in it the box of tiles [N,4] int32 (x0, y0, x1, y1, half open) and the
-    number of its first slot [N+1] int64; `cursors` [PARTS, tiles] int64, where each part's entries of each tile begin;
-    `offsets` [tiles+1] int64; `totals` = [visible Gaussians, entries, longest tile].
+    number of its first slot in its part [N] int64; `cursors` [PARTS, tiles] int64, where each part's entries of each
+    tile begin; `offsets` [tiles+1] int64; `totals` = [visible Gaussians, entries, each part's first slot].
     """
     tiles_x, tiles_y = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
     tiles = tiles_x * tiles_y
-    if take(sync, 0, 1) == 0:
+    if take(sync, phase, 1) == 0:
         totals[0] = _sort_by_depth(depths, radii, order)
-        done(sync, 0)
-    wait(sync, 0, 1)
+        done(sync, phase)
+    wait(sync, phase, 1)
     visible = totals[0]
     while True:
-        part = take(sync, 1, PARTS)
+        part = take(sync, phase + 1, PARTS)
         if part < 0:
             break
-        counts = cursors[part]
+        counts = cursors[part * tiles : (part + 1) * tiles]
         counts[:] = 0
         slots = 0
         for i in range(visible * part // PARTS, visible * (part + 1) // PARTS):
-            g = at(order, i)
-            u, v, ex, ey = at(means2d, 2 * g), at(means2d, 2 * g + 1), at(extents, 2 * g), at(extents, 2 * g + 1)
+            prefetch(packed, PACKED * at(order, min(i + PREFETCH, visible - 1)))
+            g = PACKED * at(order, i)
+            u, v, ex, ey = at(packed, g), at(packed, g + 1), at(packed, g + 2), at(packed, g + 3)
             # Pixels whose centre lies in the box; a little slack for rounding, clamped before it becomes an integer.
             x0 = int(max(_ZERO, np.ceil(u - ex - _f(0.51)))) >> TILE_BITS
             y0 = int(max(_ZERO, np.ceil(v - ey - _f(0.51)))) >> TILE_BITS
@@ -431,76 +455,77 @@ def bin_tiles(
                 for tile in range(ty * tiles_x + x0, ty * tiles_x + x1):
                     put(counts, tile, at(counts, tile) + 1)
                     slots += 1
-        totals[3 + part] = slots
-        done(sync, 1)
-    wait(sync, 1, PARTS)
-    if take(sync, 2, 1) == 0:
+        totals[2 + part] = slots
+        done(sync, phase + 1)
+    wait(sync, phase + 1, PARTS)
+    if take(sync, phase + 2, 1) == 0:
         total = 0
-        longest = 0
         for tile in range(tiles):
             offsets[tile] = total
             for part in range(PARTS):
-                size = cursors[part, tile]
-                cursors[part, tile] = total
+                size = cursors[part * tiles + tile]
+                cursors[part * tiles + tile] = total
                 total += size
-            longest = max(longest, total - offsets[tile])
         offsets[tiles] = total
         totals[1] = total
-        totals[2] = longest
         base = 0
         for part in range(PARTS):
-            size = totals[3 + part]
-            totals[3 + part] = base
+            size = totals[2 + part]
+            totals[2 + part] = base
             base += size
-        slot_starts[visible] = total
-        done(sync, 2)
-    wait(sync, 2, 1)
+        done(sync, phase + 2)
+    wait(sync, phase + 2, 1)
 
 
 @_jit
 def _fill_entries(
     sync: Ints,
     phase: int,
-    means2d: Floats,  # [N,2]
-    conics: Floats,  # [N,3]
-    log2_opacities: Floats,  # [N]
+    packed: Floats,  # [N,PACKED]
     colors: Floats,  # [N,3]
     width: int,
     order: Ints,  # [N]
     boxes: Ints,  # [N,4]
-    cursors: Ints,  # [PARTS,tiles]
-    slot_starts: Ints,  # [N+1]
-    totals: Ints,  # [3+PARTS]
+    first_cursors: Ints,  # [PARTS,tiles]
+    first_slots: Ints,  # [N]
+    totals: Ints,  # [2+PARTS]
     rows: Floats,  # [visible,ROW]
+    slot_starts: Ints,  # [visible+1]
     entry_rows: Ints,  # [entries]
     entry_slots: Ints,  # [entries]
 ) -> None:
     """Pack the visible Gaussians in depth order and list the entries of every tile, front to back."""
     tiles_x = (width + TILE - 1) // TILE
+    tiles = first_cursors.size // PARTS
     visible = totals[0]
     while True:
         part = take(sync, phase, PARTS)
         if part < 0:
             break
-        cursor = cursors[part]
-        base = totals[3 + part]
+        cursor = first_cursors[part * tiles : (part + 1) * tiles].copy()
+        base = totals[2 + part]
         for i in range(visible * part // PARTS, visible * (part + 1) // PARTS):
+            ahead = at(order, min(i + PREFETCH, visible - 1))
+            prefetch(packed, PACKED * ahead)
+            prefetch(colors, 3 * ahead)
             g = at(order, i)
-            a, b, c = at(conics, 3 * g), at(conics, 3 * g + 1), at(conics, 3 * g + 2)
+            p = PACKED * g
+            alpha, beta, gamma = at(packed, p + 4), at(packed, p + 5), at(packed, p + 6)
+            log2_opacity = at(packed, p + 7)
             r = ROW * i
-            put(rows, r, at(means2d, 2 * g))
-            put(rows, r + 1, at(means2d, 2 * g + 1))
-            put(rows, r + 2, _HALF * _LOG2_E * a)
-            put(rows, r + 3, _LOG2_E * b)
-            put(rows, r + 4, _HALF * _LOG2_E * c)
-            put(rows, r + 5, at(log2_opacities, g))
+            put(rows, r, at(packed, p))
+            put(rows, r + 1, at(packed, p + 1))
+            put(rows, r + 2, alpha)
+            put(rows, r + 3, beta)
+            put(rows, r + 4, gamma)
+            put(rows, r + 5, log2_opacity)
             put(rows, r + 6, at(colors, 3 * g))
             put(rows, r + 7, at(colors, 3 * g + 1))
             put(rows, r + 8, at(colors, 3 * g + 2))
-            put(rows, r + 9, -b / c)
-            put(rows, r + 10, -b / a)
-            put(rows, r + 11, at(log2_opacities, g) - _LOG2_ALPHA_MIN + _CULL_SLACK)
-            slot = base + at(slot_starts, i)
+            put(rows, r + 9, -alpha * beta / (beta * beta + gamma * gamma))
+            put(rows, r + 10, -beta / alpha)
+            put(rows, r + 11, log2_opacity - _LOG2_ALPHA_MIN + _CULL_SLACK)
+            slot = base + at(first_slots, i)
             put(slot_starts, i, slot)
             x0, x1 = at(boxes, 4 * i), at(boxes, 4 * i + 2)
             for ty in range(at(boxes, 4 * i + 1), at(boxes, 4 * i + 3)):
@@ -510,57 +535,53 @@ def _fill_entries(
                     put(entry_rows, e, np.int32(r))
                     put(entry_slots, e, np.int32(slot))
                     slot += 1
+        if part == PARTS - 1:
+            slot_starts[visible] = totals[1]
         done(sync, phase)
     wait(sync, phase, PARTS)
 
 
 @_jit
-def composite_forward(
+def _composite_forward(
     sync: Ints,
-    means2d: Floats,  # [N,2]
-    conics: Floats,  # [N,3]
-    log2_opacities: Floats,  # [N]
+    packed: Floats,  # [N,PACKED]
     colors: Floats,  # [N,3]
     background: Floats,  # [3]
-    width: int,
-    height: int,
     order: Ints,  # [N]
     boxes: Ints,  # [N,4]
-    cursors: Ints,  # [PARTS,tiles]
-    slot_starts: Ints,  # [N+1]
+    first_cursors: Ints,  # [PARTS,tiles]
+    first_slots: Ints,  # [N]
     offsets: Ints,  # [tiles+1]
-    totals: Ints,  # [3+PARTS]
+    totals: Ints,  # [2+PARTS]
     rows: Floats,  # [visible,ROW]
+    slot_starts: Ints,  # [visible+1]
     entry_rows: Ints,  # [entries]
     entry_slots: Ints,  # [entries]
     entry_masks: Ints,  # [entries]
     image: Floats,  # [H,W,3]
-    alpha: Floats,  # [H,W]
+    alpha_image: Floats,  # [H,W]
+    width: int,
+    height: int,
 ) -> None:
-    """Image [H,W,3] and alpha [H,W] of the binned Gaussians; `entry_masks` keeps which blocks each entry meets."""
+    """Image [H,W,3] and alpha [H,W] of the binned Gaussians; `entry_masks` keeps which blocks each entry meets.
+
+    The log2 of a Gaussian's alpha at an offset (dx, dy) from a pixel to its centre is log2 opacity - p^2 - q^2 with
+    p = alpha dx + beta dy and q = gamma dy: alpha, beta, gamma are the Cholesky root of its conic times log2(e) / 2.
+    Within a block p and q are those of its first pixel less a pattern of 16 that all blocks share.
+    """
     _fill_entries(
-        sync,
-        0,
-        means2d,
-        conics,
-        log2_opacities,
-        colors,
-        width,
-        order,
-        boxes,
-        cursors,
-        slot_starts,
-        totals,
-        rows,
-        entry_rows,
-        entry_slots,
-    )
+        sync, 0, packed, colors, width, order, boxes, first_cursors, first_slots, totals,
+        rows, slot_starts, entry_rows, entry_slots,
+    )  # fmt: skip
     tiles_x, tiles_y = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
     tiles = tiles_x * tiles_y
     pairs = np.empty(LANES * (ENTRIES_PER_ROUND + 1), np.int32)
-    # Per block: x and y of its pixels, transmittance (negative once the pixel is finished), red, green, blue.
-    state = _scratch(16 * 6 * LANES)
+    # Per entry of a round: p and q at the first pixel of each block.
+    firsts = _scratch(2 * LANES * ENTRIES_PER_ROUND)
+    # Per block: transmittance (negative once the pixel is finished), red, green, blue.
+    state = _scratch(16 * 4 * LANES)
     lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
+    zero = lane_x * _ZERO
     b0, b1, b2 = background[0], background[1], background[2]
     while True:
         tile = take(sync, 1, tiles)
@@ -570,16 +591,13 @@ def composite_forward(
         first, last = offsets[tile], offsets[tile + 1]
         alive = 0
         for block in range(16):
-            x0, y0 = left + 4 * (block % 4), top + 4 * (block // 4)
-            if x0 < width and y0 < height:
+            if left + 4 * (block % 4) < width and top + 4 * (block // 4) < height:
                 alive |= 1 << block
-            s = 6 * LANES * block
-            store(state, s, lane_x + (_f(x0) + _HALF))
-            store(state, s + 16, lane_y + (_f(y0) + _HALF))
-            store(state, s + 32, lane_x * _ZERO + _ONE)
-            store(state, s + 48, lane_x * _ZERO)
-            store(state, s + 64, lane_x * _ZERO)
-            store(state, s + 80, lane_x * _ZERO)
+            s = 4 * LANES * block
+            store(state, s, zero + _ONE)
+            store(state, s + 16, zero)
+            store(state, s + 32, zero)
+            store(state, s + 48, zero)
         block_left, block_top = lane_x * _f(4.0) + (_f(left) + _HALF), lane_y * _f(4.0) + (_f(top) + _HALF)
         for start in range(first, last, ENTRIES_PER_ROUND):
             stop = min(last, start + ENTRIES_PER_ROUND)
@@ -588,99 +606,103 @@ def composite_forward(
                 break
             count = 0
             for e in range(start, stop):
+                prefetch(rows, at(entry_rows, min(e + PREFETCH, last - 1)))
                 r = at(entry_rows, e)
-                mx, my, a, b, c = at(rows, r), at(rows, r + 1), at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
+                alpha, beta, gamma = at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
+                x_high, y_high = at(rows, r) - block_left, at(rows, r + 1) - block_top
+                f = 2 * LANES * (e - start)
+                store(firsts, f, x_high * alpha + y_high * beta)
+                store(firsts, f + 16, y_high * gamma)
                 # The least of a convex quadratic over a rectangle lies on the edges that face its centre.
-                x_low, y_low = block_left - mx, block_top - my
-                x_high, y_high = x_low + _f(3.0), y_low + _f(3.0)
+                x_low, y_low = x_high - _f(3.0), y_high - _f(3.0)
                 x_near, y_near = maximum(x_low, minimum(x_high, _ZERO)), maximum(y_low, minimum(y_high, _ZERO))
                 y_best = maximum(y_low, minimum(y_high, x_near * at(rows, r + 9)))
                 x_best = maximum(x_low, minimum(x_high, y_near * at(rows, r + 10)))
-                on_x = x_near * (x_near * a + y_best * b) + y_best * y_best * c
-                on_y = x_best * (x_best * a + y_near * b) + y_near * y_near * c
+                p, q = x_near * alpha + y_best * beta, y_best * gamma
+                on_x = p * p + q * q
+                p, q = x_best * alpha + y_near * beta, y_near * gamma
+                on_y = p * p + q * q
                 mask = bits(minimum(on_x, on_y) < at(rows, r + 11)) & alive
                 put(entry_masks, e, np.uint16(mask))
-                count = append_set(pairs, count, mask, r)
+                count = append_set(pairs, count, mask, np.int32(32 * (e - start)))
             for k in range(count):
-                pair = at(pairs, k)
-                block = pair & 15
-                r = pair - block
-                s = 6 * LANES * block
-                dx, dy = at(rows, r) - load(state, s), at(rows, r + 1) - load(state, s + 16)
-                power = at(rows, r + 5) - (
-                    dx * (dx * at(rows, r + 2) + dy * at(rows, r + 3)) + dy * dy * at(rows, r + 4)
-                )
+                one = at(pairs, k)
+                r = at(entry_rows, start + (one >> 5))
+                s = 4 * LANES * (one & 31)
+                alpha, beta, gamma = at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
+                p = at(firsts, one) - (lane_x * alpha + lane_y * beta)
+                q = at(firsts, one + 16) - (lane_y * gamma)
+                power = at(rows, r + 5) - p * p - q * q
                 a_pixel = minimum(select(power >= _LOG2_ALPHA_MIN, exp2(power), _ZERO), _ALPHA_MAX)
-                trans = load(state, s + 32)
+                trans = load(state, s)
                 weight = a_pixel * trans
                 after = trans - weight
                 open_ = after > _STOP
                 weight = select(open_, weight, _ZERO)
-                store(state, s + 32, select(open_, after, -absolute(trans)))
-                store(state, s + 48, load(state, s + 48) + weight * at(rows, r + 6))
-                store(state, s + 64, load(state, s + 64) + weight * at(rows, r + 7))
-                store(state, s + 80, load(state, s + 80) + weight * at(rows, r + 8))
+                store(state, s, select(open_, after, -absolute(trans)))
+                store(state, s + 16, load(state, s + 16) + weight * at(rows, r + 6))
+                store(state, s + 32, load(state, s + 32) + weight * at(rows, r + 7))
+                store(state, s + 48, load(state, s + 48) + weight * at(rows, r + 8))
             for block in range(16):
-                if bits(load(state, 6 * LANES * block + 32) > _ZERO) == 0:
+                if bits(load(state, 4 * LANES * block) > _ZERO) == 0:
                     alive &= ~(1 << block)
         for block in range(16):
             x0, y0 = left + 4 * (block % 4), top + 4 * (block // 4)
-            s = 6 * LANES * block
-            end = absolute(load(state, s + 32))
-            out_alpha, red = _ONE - end, load(state, s + 48) + end * b0
-            green, blue = load(state, s + 64) + end * b1, load(state, s + 80) + end * b2
+            s = 4 * LANES * block
+            behind = absolute(load(state, s))
+            out_alpha, red = _ONE - behind, load(state, s + 16) + behind * b0
+            green, blue = load(state, s + 32) + behind * b1, load(state, s + 48) + behind * b2
             if x0 + 4 <= width and y0 + 4 <= height:
-                store_block(alpha, y0 * width + x0, width, out_alpha)
+                store_block(alpha_image, y0 * width + x0, width, out_alpha)
                 store_rgb_block(image, 3 * (y0 * width + x0), 3 * width, red, green, blue)
                 continue
-            store(state, s + 32, out_alpha)
-            store(state, s + 48, red)
-            store(state, s + 64, green)
-            store(state, s + 80, blue)
+            store(state, s, out_alpha)
+            store(state, s + 16, red)
+            store(state, s + 32, green)
+            store(state, s + 48, blue)
             for y in range(min(4, height - y0)):
                 for x in range(min(4, width - x0)):
-                    p = (y0 + y) * width + x0 + x
+                    pixel = (y0 + y) * width + x0 + x
                     lane = s + 4 * y + x
-                    put(alpha, p, at(state, lane + 32))
-                    put(image, 3 * p, at(state, lane + 48))
-                    put(image, 3 * p + 1, at(state, lane + 64))
-                    put(image, 3 * p + 2, at(state, lane + 80))
+                    put(alpha_image, pixel, at(state, lane))
+                    put(image, 3 * pixel, at(state, lane + 16))
+                    put(image, 3 * pixel + 1, at(state, lane + 32))
+                    put(image, 3 * pixel + 2, at(state, lane + 48))
         done(sync, 1)
     wait(sync, 1, tiles)
 
 
 @_jit
-def composite_backward(
+def _composite_backward(
     sync: Ints,
-    conics: Floats,  # [N,3]
     opacities: Floats,  # [N]
-    width: int,
-    height: int,
     order: Ints,  # [N]
-    slot_starts: Ints,  # [N+1]
     offsets: Ints,  # [tiles+1]
-    totals: Ints,  # [3+PARTS]
+    totals: Ints,  # [2+PARTS]
     rows: Floats,  # [visible,ROW]
+    slot_starts: Ints,  # [visible+1]
     entry_rows: Ints,  # [entries]
     entry_slots: Ints,  # [entries]
     entry_masks: Ints,  # [entries]
     image: Floats,  # [H,W,3]
-    alpha: Floats,  # [H,W]
+    alpha_image: Floats,  # [H,W]
     v_image: Floats,  # [H,W,3]
-    v_alpha: Floats,  # [H,W]
+    v_alpha: Floats,  # [H,W], or empty for zeros
     slots: Floats,  # [entries,16]
     v_means2d: Floats,  # [N,2]
     v_conics: Floats,  # [N,3]
     v_opacities: Floats,  # [N]
     v_colors: Floats,  # [N,3]
+    width: int,
+    height: int,
 ) -> None:
-    """Gradients of `composite_forward` for the Gaussians. `slots` [entries, 16] holds each entry's share; outputs must
-    start as zeros."""
+    """Gradients of `_composite_forward` for the Gaussians. `slots` [entries, 16] holds each entry's share."""
     tiles_x, tiles_y = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
     tiles = tiles_x * tiles_y
     visible = totals[0]
-    # Per block: x and y of its pixels, transmittance, gradient of what is behind, gradient of red, green, blue.
-    state = _scratch(16 * 7 * LANES)
+    # Per block: transmittance, gradient of what is behind, gradient of red, green, blue.
+    state = _scratch(16 * 5 * LANES)
+    firsts = _scratch(2 * LANES)
     share = _scratch(LANES)
     lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
     zero = lane_x * _ZERO
@@ -694,71 +716,98 @@ def composite_backward(
             continue
         for block in range(16):
             x0, y0 = left + 4 * (block % 4), top + 4 * (block // 4)
-            s = 7 * LANES * block
-            store(state, s, lane_x + (_f(x0) + _HALF))
-            store(state, s + 16, lane_y + (_f(y0) + _HALF))
-            store(state, s + 32, zero + _ONE)
+            s = 5 * LANES * block
+            store(state, s, zero + _ONE)
             # What is behind: the rest of the colours and, through the last transmittance, background and alpha.
             if x0 + 4 <= width and y0 + 4 <= height:
-                p = y0 * width + x0
-                v_red, v_green, v_blue = load_rgb_block(v_image, 3 * p, 3 * width)
-                red, green, blue = load_rgb_block(image, 3 * p, 3 * width)
-                end = _ONE - load_block(alpha, p, width)
+                pixel = y0 * width + x0
+                v_red, v_green, v_blue = load_rgb_block(v_image, 3 * pixel, 3 * width)
+                red, green, blue = load_rgb_block(image, 3 * pixel, 3 * width)
                 out = v_red * red + v_green * green + v_blue * blue
-                store(state, s + 48, out - end * load_block(v_alpha, p, width))
-                store(state, s + 64, v_red)
-                store(state, s + 80, v_green)
-                store(state, s + 96, v_blue)
+                if v_alpha.size:
+                    out = out - (_ONE - load_block(alpha_image, pixel, width)) * load_block(v_alpha, pixel, width)
+                store(state, s + 16, out)
+                store(state, s + 32, v_red)
+                store(state, s + 48, v_green)
+                store(state, s + 64, v_blue)
                 continue
-            for offset in range(48, 112, LANES):
+            for offset in range(16, 80, LANES):
                 store(state, s + offset, zero)  # pixels outside the image keep it
             for y in range(min(4, height - y0)):
                 for x in range(min(4, width - x0)):
-                    p = (y0 + y) * width + x0 + x
+                    pixel = (y0 + y) * width + x0 + x
                     lane = s + 4 * y + x
-                    total = -(_ONE - at(alpha, p)) * at(v_alpha, p)
+                    total = _ZERO
+                    if v_alpha.size:
+                        total = -(_ONE - at(alpha_image, pixel)) * at(v_alpha, pixel)
                     for c in range(3):
-                        total += at(v_image, 3 * p + c) * at(image, 3 * p + c)
-                        put(state, lane + 64 + LANES * c, at(v_image, 3 * p + c))
-                    put(state, lane + 48, total)
-        for e in range(offsets[tile], offsets[tile + 1]):
+                        total += at(v_image, 3 * pixel + c) * at(image, 3 * pixel + c)
+                        put(state, lane + 32 + LANES * c, at(v_image, 3 * pixel + c))
+                    put(state, lane + 16, total)
+        block_left, block_top = lane_x * _f(4.0) + (_f(left) + _HALF), lane_y * _f(4.0) + (_f(top) + _HALF)
+        last = offsets[tile + 1] - 1
+        for e in range(offsets[tile], last + 1):
+            prefetch(rows, at(entry_rows, min(e + PREFETCH, last)))
+            prefetch(slots, LANES * at(entry_slots, min(e + PREFETCH, last)))
             mask = np.int64(at(entry_masks, e))  # blocks that finished rounds ago have left it
             r = at(entry_rows, e)
-            mx, my, a, b, c = at(rows, r), at(rows, r + 1), at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
+            alpha, beta, gamma = at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
             log2_opacity, red, green, blue = at(rows, r + 5), at(rows, r + 6), at(rows, r + 7), at(rows, r + 8)
-            s0, sx, sy, sxx, sxy, syy, s_red, s_green, s_blue = zero, zero, zero, zero, zero, zero, zero, zero, zero
+            y_first = at(rows, r + 1) - block_top
+            store(firsts, 0, (at(rows, r) - block_left) * alpha + y_first * beta)
+            store(firsts, LANES, y_first * gamma)
+            p_pattern, q_pattern = lane_x * alpha + lane_y * beta, lane_y * gamma
+            s0, sp, sq, spp, spq, sqq, s_red, s_green, s_blue = zero, zero, zero, zero, zero, zero, zero, zero, zero
             while mask != 0:
-                block = lowest_bit(mask)
+                one = lowest_bit(mask)
                 mask &= mask - 1
-                s = 7 * LANES * block
-                dx, dy = mx - load(state, s), my - load(state, s + 16)
-                power = log2_opacity - (dx * (dx * a + dy * b) + dy * dy * c)
+                s = 5 * LANES * one
+                p = at(firsts, one) - p_pattern
+                q = at(firsts, one + 16) - q_pattern
+                power = log2_opacity - p * p - q * q
                 a_free = select(power >= _LOG2_ALPHA_MIN, exp2(power), _ZERO)
                 a_pixel = minimum(a_free, _ALPHA_MAX)
-                trans = load(state, s + 32)
+                trans = load(state, s)
                 weight = a_pixel * trans
                 after = trans - weight
                 open_ = after > _STOP
                 weight = select(open_, weight, _ZERO)
-                v_red, v_green, v_blue = load(state, s + 64), load(state, s + 80), load(state, s + 96)
+                v_red, v_green = load(state, s + 32), load(state, s + 48)
+                v_blue = load(state, s + 64)
                 seen = v_red * red + v_green * green + v_blue * blue
-                behind = load(state, s + 48) - weight * seen
+                behind = load(state, s + 16) - weight * seen
                 # d alpha, times alpha: the gradient of log alpha, zero where alpha is capped.
                 slope = a_pixel * (trans * seen - behind / (_ONE - a_pixel))
                 slope = select(open_ & (a_free <= _ALPHA_MAX), slope, _ZERO)
-                store(state, s + 32, select(open_, after, _ZERO))
-                store(state, s + 48, behind)
-                slope_x, slope_y = slope * dx, slope * dy
-                s0, sx, sy = s0 + slope, sx + slope_x, sy + slope_y
-                sxx, sxy, syy = sxx + slope_x * dx, sxy + slope_x * dy, syy + slope_y * dy
-                s_red, s_green, s_blue = s_red + weight * v_red, s_green + weight * v_green, s_blue + weight * v_blue
-            store(slots, LANES * at(entry_slots, e), sums((s0, sx, sy, sxx, sxy, syy, s_red, s_green, s_blue)))
+                store(state, s, select(open_, after, _ZERO))
+                store(state, s + 16, behind)
+                slope_p, slope_q = slope * p, slope * q
+                s0, sp, sq = s0 + slope, sp + slope_p, sq + slope_q
+                spp, spq = spp + slope_p * p, spq + slope_p * q
+                sqq = sqq + slope_q * q
+                s_red, s_green = s_red + weight * v_red, s_green + weight * v_green
+                s_blue = s_blue + weight * v_blue
+            store(slots, LANES * at(entry_slots, e), sums((s0, sp, sq, spp, spq, sqq, s_red, s_green, s_blue)))
         done(sync, 0)
     wait(sync, 0, tiles)
 
+    n = v_opacities.size
+    if visible < n:
+        while True:
+            part = take(sync, 1, PARTS)
+            if part < 0:
+                break
+            start, stop = n * part // PARTS, n * (part + 1) // PARTS
+            v_means2d[2 * start : 2 * stop] = _ZERO
+            v_conics[3 * start : 3 * stop] = _ZERO
+            v_opacities[start:stop] = _ZERO
+            v_colors[3 * start : 3 * stop] = _ZERO
+            done(sync, 1)
+        wait(sync, 1, PARTS)
+
     chunks = (visible + GAUSSIANS_PER_CHUNK - 1) // GAUSSIANS_PER_CHUNK
     while True:
-        chunk = take(sync, 1, chunks)
+        chunk = take(sync, 2, chunks)
         if chunk < 0:
             break
         for i in range(chunk * GAUSSIANS_PER_CHUNK, min(visible, (chunk + 1) * GAUSSIANS_PER_CHUNK)):
@@ -766,16 +815,69 @@ def composite_backward(
             for slot in range(at(slot_starts, i), at(slot_starts, i + 1)):
                 total = total + load(slots, LANES * slot)
             store(share, 0, total)
-            g = at(order, i)
-            a, b, c = at(conics, 3 * g), at(conics, 3 * g + 1), at(conics, 3 * g + 2)
-            put(v_means2d, 2 * g, -(a * at(share, 1) + b * at(share, 2)))
-            put(v_means2d, 2 * g + 1, -(b * at(share, 1) + c * at(share, 2)))
-            put(v_conics, 3 * g, -_HALF * at(share, 3))
-            put(v_conics, 3 * g + 1, -at(share, 4))
-            put(v_conics, 3 * g + 2, -_HALF * at(share, 5))
+            g, r = at(order, i), ROW * i
+            alpha, beta, gamma = at(rows, r + 2), at(rows, r + 3), at(rows, r + 4)
+            sp, sq, spp = at(share, 1), at(share, 2), at(share, 3)
+            # By dx = (p - beta dy) / alpha and dy = q / gamma.
+            tilt = beta / gamma
+            spq, sqq = at(share, 4), at(share, 5)
+            put(v_means2d, 2 * g, -_TWO * _LN_2 * alpha * sp)
+            put(v_means2d, 2 * g + 1, -_TWO * _LN_2 * (beta * sp + gamma * sq))
+            put(v_conics, 3 * g, -_HALF * (spp - tilt * (_TWO * spq - tilt * sqq)) / (alpha * alpha))
+            put(v_conics, 3 * g + 1, -(spq - tilt * sqq) / (alpha * gamma))
+            put(v_conics, 3 * g + 2, -_HALF * sqq / (gamma * gamma))
             put(v_opacities, g, at(share, 0) / at(opacities, g))
             put(v_colors, 3 * g, at(share, 6))
             put(v_colors, 3 * g + 1, at(share, 7))
             put(v_colors, 3 * g + 2, at(share, 8))
-        done(sync, 1)
-    wait(sync, 1, chunks)
+        done(sync, 2)
+    wait(sync, 2, chunks)
+
+
+# What the team calls: the kernels above with their arguments taken from a job, in the order that `team.run` gets them.
+
+
+@kernel
+def prepare(job: Any) -> None:
+    """Project the Gaussians, sort them by depth and count the entries of every tile."""
+    sync = counters(job)
+    depths, radii, packed = floats(job, 8), floats(job, 9), floats(job, 10)
+    _project_forward(
+        sync, floats(job, 0), floats(job, 1), floats(job, 2), floats(job, 3), floats(job, 4), floats(job, 5),
+        floats(job, 6), floats(job, 7), depths, radii, packed, int64s(job, 11),
+    )  # fmt: skip
+    _bin_tiles(
+        sync, 1, packed, depths, radii, int32s(job, 12), int32s(job, 13), int64s(job, 14), int64s(job, 15),
+        int64s(job, 16), int64s(job, 17), integer(job, 18), integer(job, 19),
+    )  # fmt: skip
+
+
+@kernel
+def composite(job: Any) -> None:
+    """List the entries of every tile and composite them."""
+    _composite_forward(
+        counters(job), floats(job, 0), floats(job, 1), floats(job, 2), int32s(job, 3), int32s(job, 4), int64s(job, 5),
+        int64s(job, 6), int64s(job, 7), int64s(job, 8), floats(job, 9), int64s(job, 10), int32s(job, 11),
+        int32s(job, 12), uint16s(job, 13), floats(job, 14), floats(job, 15), integer(job, 16), integer(job, 17),
+    )  # fmt: skip
+
+
+@kernel
+def composite_backward(job: Any) -> None:
+    """Gradients of `composite`."""
+    _composite_backward(
+        counters(job), floats(job, 0), int32s(job, 1), int64s(job, 2), int64s(job, 3), floats(job, 4), int64s(job, 5),
+        int32s(job, 6), int32s(job, 7), uint16s(job, 8), floats(job, 9), floats(job, 10), floats(job, 11),
+        floats(job, 12), floats(job, 13), floats(job, 14), floats(job, 15), floats(job, 16), floats(job, 17),
+        integer(job, 18), integer(job, 19),
+    )  # fmt: skip
+
+
+@kernel
+def project_backward(job: Any) -> None:
+    """Gradients of the projection in `prepare`."""
+    _project_backward(
+        counters(job), floats(job, 0), floats(job, 1), floats(job, 2), floats(job, 3), floats(job, 4), floats(job, 5),
+        floats(job, 6), floats(job, 7), floats(job, 8), floats(job, 9), floats(job, 10), floats(job, 11),
+        floats(job, 12),
+    )  # fmt: skip
