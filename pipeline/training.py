@@ -58,9 +58,9 @@ class Entry:
 def compile_kernels(device: torch.device | str, report: Callable[[str], None]) -> None:
     """Have the rasteriser and the loss compiled where they are (the CPU); `report` is told if that takes a while."""
     if torch.device(device).type == "cpu":
-        from pipeline.rasterize import cpu  # its kernels are known from its import on
+        from pipeline.rasterize.cpu import warm_up
 
-        cpu.team.compile_kernels(report)
+        warm_up(report)
 
 
 class Trainer:

@@ -7,6 +7,7 @@ where that cannot be written.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,11 @@ from torch.autograd.function import once_differentiable
 from pipeline.rasterize import Outputs, check_finite, kernels, team
 from pipeline.rasterize.reference import sh_to_colors
 from pipeline.rasterize.simd import LANES
+
+
+def warm_up(report: Callable[[str], None]) -> None:
+    """Compile ahead what has not been compiled before on this machine; `report` is told if that takes a while."""
+    team.compile_kernels(report)
 
 
 def rasterize(
