@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.rasterize import check_camera, check_finite
+from pipeline.rasterize import Outputs, check_camera, check_finite
 
 EPS_2D = 0.3
 """Variance in px^2 added to both axes of every projected covariance."""
@@ -24,6 +24,8 @@ TRANSMITTANCE_MIN = 1e-4
 """A pixel is finished before the Gaussian that would bring its transmittance to this or below."""
 MAX_EXTENT_SIGMAS = 3.33
 """Box half-size in standard deviations at full opacity: beyond it alpha is below ALPHA_MIN."""
+ALPHA_FLOOR = 1e-10
+"""What the accumulated depth is divided by at least: it makes the depth behind nothing 0."""
 TILE = 16
 
 
@@ -202,16 +204,20 @@ def rasterize(
     *,
     background: Tensor | None,
     sh_degree: int | None,
+    depth: bool,
     threads: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Image, alpha, means2d, radii and depths of the arguments of `pipeline.rasterize.rasterize`.
-
-    `threads` is left to torch's own setting.
-    """
+) -> Outputs:
+    """`pipeline.rasterize.rasterize` for one camera; `threads` is left to torch's own setting."""
     check_camera(viewmat, K)
     check_finite(means=means, quats=quats, scales=scales, opacities=opacities, colors=colors, background=background)
     means2d, conics, depths, radii = project(means, quats, scales, opacities, viewmat, K, width, height)
     if sh_degree is not None:
         colors = sh_to_colors(sh_degree, means, colors, viewmat)
+    if depth:
+        colors = torch.cat([colors, depths[:, None]], dim=1)
+        background = None if background is None else F.pad(background, (0, 1))
     image, alpha = composite(means2d, conics, depths, radii, opacities, colors, background, width, height)
-    return image, alpha, means2d, radii, depths
+    if not depth:
+        return image, alpha, means2d, radii, depths, None
+    expected_depth = image[..., -1] / alpha.clamp_min(ALPHA_FLOOR)
+    return image[..., :-1], alpha, means2d, radii, depths, expected_depth
