@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline.losses import photometric_loss
 from pipeline.rasterize import Backend, Render, rasterize, render_uint8
+from pipeline.rasterize.cpu import warm_up
 
 if TYPE_CHECKING:
     from pipeline.avatars import TrainingData
@@ -194,6 +195,7 @@ def bench(
         - `train_step` with `avatar, gaussians, size, step_ms`: an optimisation step of the `rigged` avatar on a
           synthetic clip, from the choice of the frame to the changed weights; None if left out.
     """
+    warm_up(report)
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

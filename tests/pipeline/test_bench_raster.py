@@ -39,7 +39,7 @@ def test_result_has_its_form() -> None:
     assert render["fps"] == pytest.approx(1e3 / render["ms"])
     assert result["train_step"].items() >= {"avatar": "rigged", "gaussians": 60, "size": 32}.items()
     assert result["train_step"]["step_ms"] > 0
-    assert [line.partition(":")[0] for line in lines] == ["tiny", "tiny", "rigged avatar"]
+    assert [line.partition(":")[0] for line in lines[-3:]] == ["tiny", "tiny", "rigged avatar"]
     text = bench_raster.table(result)
     assert "100 GFLOP/s" in text and "tiny" in text and "training step" in text
 
