@@ -74,6 +74,22 @@ def test_exp2_is_accurate() -> None:
 
 
 @njit
+def _log2(x: np.ndarray, out: np.ndarray) -> None:
+    for i in range(0, x.size, 16):
+        simd.store(out, i, simd.log2(simd.load(x, i)))
+
+
+def test_log2_is_accurate() -> None:
+    x = np.concatenate([np.linspace(1e-3, 1, 16 * 4096), np.geomspace(1e-3, 1, 16 * 64)]).astype(np.float32)
+    out = np.empty_like(x)
+    _log2(x, out)
+    np.testing.assert_allclose(out, np.log2(x.astype(np.float64)), rtol=2e-7, atol=2e-7)
+    odd = np.array([0.0, 1e-45, 1e-38, 5.0, 3e38] + [1.0] * 11, np.float32)
+    _log2(odd, out)
+    assert np.isfinite(out[:16]).all() and (out[:2] < -100).all() and out[15] == 0
+
+
+@njit
 def _sums(x: np.ndarray, out: np.ndarray) -> None:
     a, b, c, d = simd.load(x, 0), simd.load(x, 16), simd.load(x, 32), simd.load(x, 48)
     simd.store(out, 0, simd.sums((a, b, c, d, a + a, b + b, c + c, d + d, a - b)))
