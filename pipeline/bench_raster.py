@@ -35,6 +35,8 @@ RENDERS = (("10k-256", 10_000, 256), ("10k-512", 10_000, 512))
 STEP = (10_000, 256)
 """Gaussians and image side of the training step."""
 WARM_STEPS, TIMED_STEPS = 5, 40
+WARM_RUNS = 3
+"""Uncounted runs of the fast code after another contestant."""
 STEP_FRAMES = 6
 
 FLOP_PER_PAIR = {"forward": 33, "backward": 60}
@@ -99,7 +101,7 @@ def _count_pairs(
     for tile in range(offsets.size - 1):
         trans = np.ones((16, 16))
         for e in range(offsets[tile], offsets[tile + 1]):
-            u, v, a, b, c, log2_opacity = rows[entry_rows[e] : entry_rows[e] + 6]
+            u, v, root_xx, root_xy, root_yy, log2_opacity = rows[entry_rows[e] : entry_rows[e] + 6]
             for block in range(16):
                 if (entry_masks[e] >> block) & 1 == 0:
                     continue
@@ -107,7 +109,8 @@ def _count_pairs(
                 for lane in range(16):
                     dx = u - ((tile % tiles_x) * 16 + 4 * (block % 4) + lane % 4 + 0.5)
                     dy = v - ((tile // tiles_x) * 16 + 4 * (block // 4) + lane // 4 + 0.5)
-                    alpha = min(0.999, 2.0 ** (log2_opacity - (a * dx * dx + b * dx * dy + c * dy * dy)))
+                    p, q = root_xx * dx + root_xy * dy, root_yy * dy
+                    alpha = min(0.999, 2.0 ** (log2_opacity - p * p - q * q))
                     after = trans[block, lane] * (1 - alpha)
                     if alpha < 1 / 255 or trans[block, lane] < 0:
                         continue
@@ -122,14 +125,23 @@ def _count_pairs(
 def count_pairs(scene: Scene) -> dict[str, int]:
     """How many pixel-Gaussian pairs the CPU backend evaluates, and how many of them reach the image."""
     context: Any = scene.with_gradients().render("cpu").image.grad_fn
-    _, rows, entry_rows, _, entry_masks = context.entries
+    rows, _, entry_rows, _, entry_masks = (values.numpy() for values in context.entries)
     tiles_x = math.ceil(scene.size / 16)
-    evaluated, contributing = _count_pairs(rows, entry_rows, entry_masks, context.bins.offsets, tiles_x)
+    evaluated, contributing = _count_pairs(rows, entry_rows, entry_masks, context.scene.offsets.numpy(), tiles_x)
     return {"evaluated": evaluated, "contributing": contributing}
 
 
-def _forward_and_backward(scene: Scene, backend: Backend, threads: int | None) -> tuple[float, float]:
+def _share_cores(backend: Backend, threads: int) -> None:
+    """Give torch all threads for the reference, and one where kernels have their own.
+
+    Torch's threads stay awake after their work and would contend with the kernels'; the train stage does the same.
+    """
+    torch.set_num_threads(1 if backend == "cpu" else threads)
+
+
+def _forward_and_backward(scene: Scene, backend: Backend, threads: int) -> tuple[float, float]:
     """Milliseconds of one forward and one backward pass with gradients for every Gaussian tensor."""
+    _share_cores(backend, threads)
     scene = scene.with_gradients()
     v_image = torch.linspace(-1, 1, 3 * scene.size**2).view(scene.size, scene.size, 3)
     start = time.perf_counter()
@@ -139,8 +151,9 @@ def _forward_and_backward(scene: Scene, backend: Backend, threads: int | None) -
     return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
 
 
-def _loss(scene: Scene, backend: Literal["cpu", "reference"], threads: int | None) -> tuple[float, float]:
+def _loss(scene: Scene, backend: Literal["cpu", "reference"], threads: int) -> tuple[float, float]:
     """Milliseconds of the photometric loss and its gradient."""
+    _share_cores(backend, threads)
     generator = torch.Generator().manual_seed(1)
     target = torch.rand(scene.size, scene.size, 3, generator=generator)
     image = torch.rand(scene.size, scene.size, 3, generator=generator).requires_grad_()
@@ -151,7 +164,7 @@ def _loss(scene: Scene, backend: Literal["cpu", "reference"], threads: int | Non
     return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
 
 
-def _render(scene: Scene, threads: int | None) -> float:
+def _render(scene: Scene, threads: int) -> float:
     """Milliseconds of one 8-bit render without gradients."""
     start = time.perf_counter()
     render_uint8(
@@ -167,7 +180,7 @@ def bench(
     step: tuple[int, int] | None = STEP,
     *,
     rounds: int = 7,
-    repeats: int = 5,
+    repeats: int = 9,
     threads: int | None = None,
     peak_gflops: float = PEAK_GFLOPS,
     report: Callable[[str], None] = lambda line: None,
@@ -178,8 +191,9 @@ def bench(
         scenes: name, number of Gaussians and image side of each scene that runs against the reference.
         renders: the same of each scene that is rendered without gradients.
         step: number of Gaussians and image side of the training step; none leaves it out.
-        rounds: interleaved rounds; each runs the reference once and the fast code `repeats` times.
-        threads: for everything, torch included; None leaves torch's setting.
+        rounds: interleaved rounds; each runs the reference once and then the fast code `repeats` times, as a training
+            loop does; a few runs before them, which wake its threads and find cold caches, do not count.
+        threads: for the kernels, and for torch while the reference runs; None takes torch's setting.
         peak_gflops: float32 arithmetic per second that `limit_ms` supposes, in 1e9.
         report: receives a line of text as each measurement starts.
 
@@ -197,15 +211,14 @@ def bench(
     """
     warm_up(report)
     before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    threads = before if threads is None else threads
     try:
         return {
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "peak_gflops": peak_gflops,
             "scenes": [_bench_scene(*scene, rounds, repeats, threads, peak_gflops, report) for scene in scenes],
             "renders": [_bench_render(*scene, rounds * repeats, threads, report) for scene in renders],
-            "train_step": None if step is None else _bench_step(*step, torch.get_num_threads(), report),
+            "train_step": None if step is None else _bench_step(*step, threads, report),
         }
     finally:
         torch.set_num_threads(before)
@@ -217,7 +230,7 @@ def _bench_scene(
     size: int,
     rounds: int,
     repeats: int,
-    threads: int | None,
+    threads: int,
     peak_gflops: float,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -234,7 +247,8 @@ def _bench_scene(
     times: dict[str, list[np.ndarray]] = {key: [] for key in contestants}
     for _ in range(rounds):
         for key, (run, count) in contestants.items():
-            times[key].append(np.median([run() for _ in range(count)], axis=0))
+            runs = [run() for _ in range(count + (WARM_RUNS if count > 1 else 0))]
+            times[key].append(np.median(runs[-count:], axis=0))
     medians = {key: np.median(values, axis=0) for key, values in times.items()}
 
     def ratio(slow: str, fast: str) -> float:
@@ -264,10 +278,11 @@ def _bench_scene(
 
 
 def _bench_render(
-    name: str, gaussians: int, size: int, count: int, threads: int | None, report: Callable[[str], None]
+    name: str, gaussians: int, size: int, count: int, threads: int, report: Callable[[str], None]
 ) -> dict[str, Any]:
     report(f"{name}: {count} renders")
     scene = standard_scene(gaussians, size)
+    _share_cores("cpu", threads)
     _render(scene, threads)
     milliseconds = float(np.median([_render(scene, threads) for _ in range(count)]))
     return {"name": name, "gaussians": gaussians, "size": size, "ms": milliseconds, "fps": 1e3 / milliseconds}
@@ -279,7 +294,7 @@ def _bench_step(gaussians: int, size: int, threads: int, report: Callable[[str],
 
     report(f"rigged avatar: {TIMED_STEPS} training steps, {gaussians:,} Gaussians, {size} x {size}")
     config = TrainConfig(avatar="rigged", gaussians=gaussians, resolution=size, coarse_share=0)  # no step is smaller
-    torch.set_num_threads(1)  # as the train stage has it
+    _share_cores("cpu", threads)
     trainer = Trainer(_training_data(size), config, threads=threads)
     times = []
     for _ in range(WARM_STEPS + TIMED_STEPS):

@@ -25,7 +25,6 @@ from pipeline.dataset import canonical_json, write_atomic
 from pipeline.errors import StageError
 from pipeline.frames import evenly
 from pipeline.losses import photometric_loss
-from pipeline.rasterize import Backend
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,7 +78,6 @@ class Trainer:
     ) -> None:
         self.config, self.threads = config, threads
         self.device = torch.device(device)
-        self.backend: Backend = "gsplat" if self.device.type == "cuda" else "cpu"
         self.avatar: AvatarModel = avatar_class(config.avatar).start(data, config, np.random.default_rng(config.seed))
         self.avatar.to(self.device)
         self._clip = _digest(data)
@@ -118,7 +116,7 @@ class Trainer:
         target = level.over(frame, background)
         gaussians = self.avatar.deform(row(self._prepared, frame))
         try:
-            render = splat(gaussians, level.K, level.size, level.size, background, self.backend, self.threads)
+            render = splat(gaussians, level.K, level.size, level.size, background, threads=self.threads)
         except ValueError as error:
             raise self._diverged(str(error)) from error
         loss = photometric_loss(level.cut(render.image, background), target, threads=self.threads)
@@ -142,7 +140,7 @@ class Trainer:
         level = self._levels[0]
         background = torch.ones(3, device=self.device) if background is None else background
         gaussians = self.avatar.deform(row(self._prepared, frame))
-        render = splat(gaussians, level.K, level.size, level.size, background, self.backend, self.threads)
+        render = splat(gaussians, level.K, level.size, level.size, background, threads=self.threads)
         return level.cut(render.image, background).clamp(0, 1)
 
     def truth(self, frame: int) -> Tensor:
