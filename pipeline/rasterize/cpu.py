@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.rasterize import Outputs, check_finite, kernels, team
-from pipeline.rasterize.reference import sh_to_colors
+from pipeline.rasterize.harmonics import sh_to_colors
 from pipeline.rasterize.simd import LANES
 
 
@@ -55,8 +55,7 @@ def rasterize(
     camera = _camera(viewmat, K, width, height)
     check_finite(background=background)
     if sh_degree is not None:
-        check_finite(colors=colors)
-        colors = sh_to_colors(sh_degree, means, colors, viewmat)
+        colors = sh_to_colors(sh_degree, means, colors, viewmat, threads)
     scene = _Scene(camera, width, height, threads)
     means2d, conics, depths, radii = _Project.apply(means, quats, scales, opacities, colors, viewmat, scene)
     if not scene.finite:
