@@ -317,7 +317,7 @@ def _training_data(size: int) -> TrainingData:
         images=over_white.round().clip(0, 255).astype(np.uint8),
         alphas=(clip.alpha * 255).round().astype(np.uint8),
         conditions=Condition(*(torch.as_tensor(array, dtype=torch.float32) for array in arrays)),
-        K=clip.K,
+        Ks=clip.K[None],
         head=clip.head,
         identity=clip.identity,
     )

@@ -1,6 +1,7 @@
 """A finished subject as training and evaluation see it: which frames are whose, square crops, and per-frame conditions.
 
-Test frames are the end of the clip. Nothing here reads a frame or an alpha that was not asked for by index, so training
+A subject may have been filmed in several takes, each with a camera of its own; their frames follow one another. Test
+frames are the end of the whole. Nothing here reads a frame or an alpha that was not asked for by index, so training
 can ask for its own frames only.
 """
 
@@ -31,24 +32,27 @@ RERUN_FIT = "run the fit again with: headcast rerun SUBJECT --from fit"
 
 @dataclass(frozen=True)
 class Clip:
-    """Camera, conditions and file names of a clip's T frames; no pixels.
+    """Cameras, conditions and file names of a subject's T frames; no pixels.
 
     Attributes:
-        K: [3,3] intrinsics of the square training crop at `resolution` pixels.
-        resolution: width and height of the crop in pixels after resizing.
-        crop: (x0, y0, side) in whole pixels of the decoded frames; it may reach over their edge.
+        Ks: [C,3,3] intrinsics of each camera's square training crop at `resolution` pixels.
+        resolution: width and height of the crops in pixels after resizing.
+        crops: [C] (x0, y0, side) in whole pixels of the decoded frames; it may reach over their edge.
+        cameras: [T] which camera took a frame.
         Ts_cam_head: [T,4,4]. Ts_cam_torso: [T,4,4]. neck: [T,3] and eyes: [T,2,3] rotation vectors.
         expression: [T,E] coefficients of `expression_names`. identity: [S].
         usable: [T] whether a frame's fit can be relied on. times: [T] seconds from the clip's start.
         head: name of the head model.
         frames, alphas: [T] paths.
-        image_size: (width, height) of the decoded frames; None where the crop lies inside them.
+        image_sizes: [C] (width, height) of what the decoded frames hold of the picture; None where every crop lies
+            inside.
         landmark_offsets: [L,3] and expression_offsets: [E,L,3] what makes the head personal; None for the plain model.
     """
 
-    K: NDArray[np.float64]
+    Ks: NDArray[np.float64]
     resolution: int
-    crop: tuple[int, int, int]
+    crops: tuple[tuple[int, int, int], ...]
+    cameras: NDArray[np.int64]
     Ts_cam_head: NDArray[np.float64]
     Ts_cam_torso: NDArray[np.float64]
     expression: NDArray[np.float32]
@@ -61,7 +65,7 @@ class Clip:
     head: str
     frames: tuple[Path, ...]
     alphas: tuple[Path, ...]
-    image_size: tuple[int, int] | None = None
+    image_sizes: tuple[tuple[int, int], ...] | None = None
     landmark_offsets: NDArray[np.float32] | None = None
     expression_offsets: NDArray[np.float32] | None = None
 
@@ -69,19 +73,15 @@ class Clip:
         return len(self.frames)
 
     def inside(self) -> NDArray[np.float32]:
-        """[R,R] share of each of the crop's pixels that lies inside the frame.
+        """[C,R,R] share of each of a crop's pixels that lies inside the frame.
 
         Where the crop reaches over the frame's edge the pictures are white, and what the subject looks like there is
         not known: a render has to be cut off at the same edge before it is compared with them.
         """
-        import cv2
-
-        x0, y0, side = self.crop
-        width, height = self.image_size or (x0 + side, y0 + side)
-        canvas = np.zeros((side, side), np.float32)
-        canvas[max(-y0, 0) : max(height - y0, 0), max(-x0, 0) : max(width - x0, 0)] = 1
-        how = cv2.INTER_AREA if side >= self.resolution else cv2.INTER_LINEAR
-        return np.asarray(cv2.resize(canvas, (self.resolution, self.resolution), interpolation=how), np.float32)
+        if self.image_sizes is None:
+            return np.ones((len(self.crops), self.resolution, self.resolution), np.float32)
+        pairs = zip(self.crops, self.image_sizes, strict=True)
+        return np.stack([_inside(crop, size, self.resolution) for crop, size in pairs])
 
     def personal_head(self) -> HeadModel:
         """The head model with what the fit found at its landmarks built in; `identity` comes on top."""
@@ -92,6 +92,16 @@ class Clip:
         if self.landmark_offsets is None or self.expression_offsets is None:
             return head
         return personalise(head, self.landmark_offsets, self.expression_offsets)
+
+
+def _inside(crop: tuple[int, int, int], image_size: tuple[int, int], resolution: int) -> NDArray[np.float32]:
+    import cv2
+
+    (x0, y0, side), (width, height) = crop, image_size
+    canvas = np.zeros((side, side), np.float32)
+    canvas[max(-y0, 0) : max(height - y0, 0), max(-x0, 0) : max(width - x0, 0)] = 1
+    how = cv2.INTER_AREA if side >= resolution else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(canvas, (resolution, resolution), interpolation=how), np.float32)
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
     arrays = {
         name: _take(fit, name, shape, path)
         for name, shape in {
-            "K": (3, 3),
+            "Ks": (count, 3, 3),
             "Ts_cam_head": (count, 4, 4),
             "Ts_cam_torso": (count, 4, 4),
             "expression": (count, len(names)),
@@ -156,18 +166,32 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
             "neck": (count, 3),
             "eyes": (count, 2, 3),
             "usable": (count,),
-            "crop": (3,),
+            "crops": (count, 3),
+            "clips": (count,),
         }.items()
     }
     personal = {"landmark_offsets": (None, 3), "expression_offsets": (len(names), None, 3)}
     offsets = {n: _take(fit, n, shape, path).astype(np.float32) for n, shape in personal.items() if n in fit}
-    x0, y0, side = (round(float(value)) for value in arrays["crop"])
-    if side < 1 or resolution < 1:
-        raise StageError(f"'{path}' has a crop with sides of {side} px.", RERUN_FIT)
+    # One camera a take: the frames of a take share theirs.
+    takes, first, cameras = np.unique(arrays["clips"], return_index=True, return_inverse=True)
+    x0s, y0s, sides = np.round(arrays["crops"][first].astype(np.float64)).astype(np.int64).T.tolist()
+    crops = tuple(zip(x0s, y0s, sides, strict=True))
+    if min(sides) < 1 or resolution < 1:
+        raise StageError(f"'{path}' has a crop with sides of {min(sides)} px.", RERUN_FIT)
+    whole = [int(listing["width"]), int(listing["height"])]
+    contents = [take.get("content", whole) for take in listing.get("clips", [])] or [whole] * len(takes)
+    if not 0 <= takes.min() <= takes.max() < len(contents):
+        raise StageError(f"'{path}' is not of the clips in 'frames.json'.", RERUN_FIT)
     return Clip(
-        K=crop_intrinsics(arrays["K"].astype(np.float64), (x0, y0, side), resolution),
+        Ks=np.stack(
+            [
+                crop_intrinsics(K.astype(np.float64), crop, resolution)
+                for K, crop in zip(arrays["Ks"][first], crops, strict=True)
+            ]
+        ),
         resolution=resolution,
-        crop=(x0, y0, side),
+        crops=crops,
+        cameras=cameras.astype(np.int64),
         Ts_cam_head=arrays["Ts_cam_head"].astype(np.float64),
         Ts_cam_torso=arrays["Ts_cam_torso"].astype(np.float64),
         expression=arrays["expression"].astype(np.float32),
@@ -180,7 +204,7 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
         head=str(_take(fit, "head", (), path)),
         frames=tuple(subject.stage("decode") / frame["file"] for frame in frames),
         alphas=tuple(subject.stage("matte") / "alpha" / f"{frame['index']:06d}.png" for frame in frames),
-        image_size=(int(listing["width"]), int(listing["height"])),
+        image_sizes=tuple((int(contents[take][0]), int(contents[take][1])) for take in takes),
         landmark_offsets=offsets.get("landmark_offsets"),
         expression_offsets=offsets.get("expression_offsets"),
     )
@@ -210,7 +234,9 @@ def load_crops(
 
     def load(row: int) -> None:
         frame = int(indices[row])
-        images[row], alphas[row] = _load_crop(clip.frames[frame], clip.alphas[frame], clip.crop, size)
+        images[row], alphas[row] = _load_crop(
+            clip.frames[frame], clip.alphas[frame], clip.crops[clip.cameras[frame]], size
+        )
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for _ in pool.map(load, range(len(indices))):

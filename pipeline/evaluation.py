@@ -54,14 +54,16 @@ class ClipRenderer:
     """An avatar with what drives it through a clip.
 
     Attributes:
-        conditions: T rows. K: [3,3] intrinsics at `resolution` pixels. Both on the avatar's device.
-        inside: [R,R] share of each pixel inside the clip's frames; what is outside is white in the truth and so is it
+        conditions: T rows. Ks: [C,3,3] intrinsics at `resolution` pixels. Both on the avatar's device.
+        cameras: [T] which of the C cameras took a frame.
+        inside: [C,R,R] share of each pixel inside the clip's frames; what is outside is white in the truth and so is it
             in a render.
     """
 
     avatar: AvatarModel
     conditions: Condition
-    K: Tensor
+    Ks: Tensor
+    cameras: NDArray[np.int64]
     resolution: int
     threads: int
     inside: NDArray[np.float32]
@@ -69,18 +71,25 @@ class ClipRenderer:
     @staticmethod
     def of(avatar: AvatarModel, clip: Clip, threads: int, device: torch.device | str = "cpu") -> ClipRenderer:
         """The avatar, which is on `device`, driven by the clip it was fitted to, or by another one."""
-        K = torch.as_tensor(clip.K, dtype=torch.float32, device=device)
-        return ClipRenderer(avatar, conditions_of(clip, device), K, clip.resolution, threads, clip.inside())
+        Ks = torch.as_tensor(clip.Ks, dtype=torch.float32, device=device)
+        conditions = conditions_of(clip, device)
+        return ClipRenderer(avatar, conditions, Ks, clip.cameras, clip.resolution, threads, clip.inside())
 
     def render(self, frame: int) -> Picture:
         """One frame over white, clamped to what a screen can show."""
-        white = torch.ones(3, device=self.K.device)
+        white, camera = torch.ones(3, device=self.Ks.device), int(self.cameras[frame])
         with torch.no_grad():
             view = self.avatar.render(
-                self.conditions.frame(frame), self.K, self.resolution, self.resolution, white, threads=self.threads
+                self.conditions.frame(frame),
+                self.Ks[camera],
+                self.resolution,
+                self.resolution,
+                white,
+                threads=self.threads,
             )
         image, alpha = view.image.clamp(0, 1).cpu().numpy(), view.alpha.clamp(0, 1).cpu().numpy()
-        return Picture(1 + self.inside[..., None] * (image - 1), self.inside * alpha)
+        inside = self.inside[camera]
+        return Picture(1 + inside[..., None] * (image - 1), inside * alpha)
 
     def fps(self, frames: Sequence[int]) -> float:
         """Frames a second from condition to image, deformation included: the median of single renders."""
@@ -137,8 +146,8 @@ def head_regions(clip: Clip, head: HeadModel, frames: Sequence[int]) -> Iterator
         vertices = head.vertices(identity, *rows)[0].double().numpy()
         T_cam_head = clip.Ts_cam_head[frame]
         vertices_cam = vertices @ T_cam_head[:3, :3].T + T_cam_head[:3, 3]
-        size = (clip.resolution, clip.resolution)
-        yield metrics.head_mask(silhouette(vertices_cam, head.faces, clip.K, *size, head.regions["head"]))
+        size, K = (clip.resolution, clip.resolution), clip.Ks[clip.cameras[frame]]
+        yield metrics.head_mask(silhouette(vertices_cam, head.faces, K, *size, head.regions["head"]))
 
 
 @dataclass(frozen=True)

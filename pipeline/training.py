@@ -95,9 +95,10 @@ class Trainer:
         self._count = len(data)
         self._kept_back = min(MAX_VALIDATION_FRAMES, self._count // 20)
         self._validated_steps = math.floor(VALIDATED_SHARE * config.steps) if self._kept_back else 0
-        images, alphas, K = (torch.from_numpy(array).to(self.device) for array in (data.images, data.alphas, data.K))
+        images, alphas, Ks = (torch.from_numpy(array).to(self.device) for array in (data.images, data.alphas, data.Ks))
         inside = None if data.inside is None else torch.from_numpy(data.inside).to(self.device)
-        self._levels = [_Level(images, alphas, K, inside)]
+        self._camera = data.camera
+        self._levels = [_Level(images, alphas, Ks, inside)]
         if config.coarse_share > 0 and data.images.shape[1] % 2 == 0:
             self._levels.append(self._levels[0].halved())
 
@@ -113,13 +114,13 @@ class Trainer:
         level = self._levels[-1 if coarse else 0]
         frame = self._frame_at(step)
         background = self._background_at(step)
-        target = level.over(frame, background)
+        target, camera = level.over(frame, background), self._camera(frame)
         gaussians = self.avatar.deform(row(self._prepared, frame))
         try:
-            render = splat(gaussians, level.K, level.size, level.size, background, threads=self.threads)
+            render = splat(gaussians, level.Ks[camera], level.size, level.size, background, threads=self.threads)
         except ValueError as error:
             raise self._diverged(str(error)) from error
-        loss = photometric_loss(level.cut(render.image, background), target, threads=self.threads)
+        loss = photometric_loss(level.cut(render.image, camera, background), target, threads=self.threads)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         value = loss.item()
@@ -137,11 +138,11 @@ class Trainer:
     @torch.no_grad()
     def render(self, frame: int, background: Tensor | None = None) -> Tensor:
         """[R,R,3] of one training frame as the avatar stands, over white unless told otherwise, in [0,1]."""
-        level = self._levels[0]
+        level, camera = self._levels[0], self._camera(frame)
         background = torch.ones(3, device=self.device) if background is None else background
         gaussians = self.avatar.deform(row(self._prepared, frame))
-        render = splat(gaussians, level.K, level.size, level.size, background, threads=self.threads)
-        return level.cut(render.image, background).clamp(0, 1)
+        render = splat(gaussians, level.Ks[camera], level.size, level.size, background, threads=self.threads)
+        return level.cut(render.image, camera, background).clamp(0, 1)
 
     def truth(self, frame: int) -> Tensor:
         """[R,R,3] of one training frame over white, in [0,1]."""
@@ -301,7 +302,7 @@ def _shuffled(seed: int, first: int, turn: int, count: int) -> NDArray[np.int64]
 def _digest(data: TrainingData) -> str:
     """Fingerprint of the training frames and their conditions."""
     digest = hashlib.sha256()
-    for array in (data.images, data.alphas, data.K, data.identity, *(value.numpy() for value in data.conditions)):
+    for array in (data.images, data.alphas, data.Ks, data.identity, *(value.numpy() for value in data.conditions)):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
 
@@ -309,8 +310,8 @@ def _digest(data: TrainingData) -> str:
 class _Level:
     """The training frames at one resolution, as bytes."""
 
-    def __init__(self, images: Tensor, alphas: Tensor, K: Tensor, inside: Tensor | None) -> None:
-        self.images, self.alphas, self.K, self.inside = images, alphas, K, inside
+    def __init__(self, images: Tensor, alphas: Tensor, Ks: Tensor, inside: Tensor | None) -> None:
+        self.images, self.alphas, self.Ks, self.inside = images, alphas, Ks, inside
         self.size = images.shape[1]
 
     def over(self, frame: int, background: Tensor) -> Tensor:
@@ -319,11 +320,11 @@ class _Level:
         through = 1 - self.alphas[frame].float() / 255
         return image + through[..., None] * (background - 1)
 
-    def cut(self, image: Tensor, background: Tensor) -> Tensor:
-        """A render [R,R,3] with the background where the frame does not reach, as in the pictures."""
+    def cut(self, image: Tensor, camera: int, background: Tensor) -> Tensor:
+        """A camera's render [R,R,3] with the background where the frame does not reach, as in the pictures."""
         if self.inside is None:
             return image
-        return background + self.inside[..., None] * (image - background)
+        return background + self.inside[camera, ..., None] * (image - background)
 
     def halved(self) -> _Level:
         """Means of 2 x 2 pixels."""
@@ -337,6 +338,6 @@ class _Level:
             )
             return means.to(torch.uint8).view(n, size // 2, size // 2, *values.shape[3:])
 
-        shrink = torch.diag(torch.tensor([0.5, 0.5, 1], dtype=self.K.dtype, device=self.K.device))
-        inside = None if self.inside is None else torch.nn.functional.avg_pool2d(self.inside[None], 2)[0]
-        return _Level(half(self.images), half(self.alphas), shrink @ self.K, inside)
+        shrink = torch.diag(torch.tensor([0.5, 0.5, 1], dtype=self.Ks.dtype, device=self.Ks.device))
+        inside = None if self.inside is None else torch.nn.functional.avg_pool2d(self.inside, 2)
+        return _Level(half(self.images), half(self.alphas), shrink @ self.Ks, inside)

@@ -87,9 +87,10 @@ def load_data(run: StageRun, clip: Clip) -> TrainingData:
         crops.images,
         crops.alphas,
         chosen,
-        clip.K,
+        clip.Ks,
         clip.personal_head(),
         clip.identity,
+        clip.cameras[indices],
         None if inside.min() == 1 else inside,
     )
 

@@ -48,7 +48,7 @@ def training_data(frames: int = 24) -> TrainingData:
         images=white.round().clip(0, 255).astype(np.uint8),
         alphas=(made.alpha * 255).round().astype(np.uint8),
         conditions=conditions(made),
-        K=made.K,
+        Ks=made.K[None],
         head=made.head,
         identity=made.identity,
     )
@@ -68,7 +68,7 @@ def write_subject(root: Path, frames: int = 24) -> Subject:
     (root / "decode/frames.json").write_text(json.dumps(listing))
     np.savez(
         root / "fit/fit.npz",
-        K=made.K,
+        Ks=np.tile(made.K, (frames, 1, 1)),
         image_size=np.array([SIZE, SIZE]),
         Ts_cam_head=made.Ts_cam_head,
         Ts_cam_torso=torso_poses(made),
@@ -81,6 +81,8 @@ def write_subject(root: Path, frames: int = 24) -> Subject:
         expression_offsets=np.zeros((52, 478, 3), np.float32),
         usable=np.ones(frames, bool),
         head=np.array("anny"),
-        crop=np.array([0.0, 0.0, SIZE]),
+        crops=np.tile([0.0, 0.0, SIZE], (frames, 1)),
+        clips=np.zeros(frames, np.int64),
+        shots=np.zeros(frames, np.int64),
     )
     return Subject(root)

@@ -86,20 +86,26 @@ class TrainingData:
 
     Attributes:
         images: [n,R,R,3] uint8 RGB over white. alphas: [n,R,R] uint8.
-        conditions: n rows. K: [3,3] float64. identity: [S].
-        inside: [R,R] share of each pixel that lies inside the frame (`Clip.inside`); None where all does.
+        conditions: n rows. identity: [S].
+        Ks: [C,3,3] float64 of the cameras. cameras: [n] which of them took a frame; None where there is one.
+        inside: [C,R,R] share of each pixel that lies inside the frame (`Clip.inside`); None where all does.
     """
 
     images: NDArray[np.uint8]
     alphas: NDArray[np.uint8]
     conditions: Condition
-    K: NDArray[np.float64]
+    Ks: NDArray[np.float64]
     head: HeadModel
     identity: NDArray[np.float32]
+    cameras: NDArray[np.int64] | None = None
     inside: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def camera(self, frame: int) -> int:
+        """The number of the camera that took a frame."""
+        return 0 if self.cameras is None else int(self.cameras[frame])
 
 
 class AvatarModel(nn.Module, ABC):

@@ -380,7 +380,7 @@ class _View(NamedTuple):
         expressed = neutral + np.einsum("e,evi->vi", condition.expression[0].numpy(), head.expression_basis)
         blended = np.einsum("vj,jab->vab", head.skin_weights, joints)
         posed = np.einsum("vab,vb->va", blended[:, :3, :3], expressed) + blended[:, :3, 3]
-        raster = rasterize_mesh(posed, head.faces, data.K, size, size)
+        raster = rasterize_mesh(posed, head.faces, data.Ks[data.camera(frame)], size, size)
         return cls(frame, joints, neutral, expressed, raster) if (raster.face_index >= 0).any() else None
 
 
@@ -403,11 +403,12 @@ def _seeds(data: TrainingData, view: _View, share: int, total: int, rng: np.rand
     face = raster.face_index[near_rows, near_columns].astype(np.int64)
     bary = raster.bary[near_rows, near_columns].astype(np.float64)
     depth = raster.depth[near_rows, near_columns].astype(np.float64)
-    depth_to_metres = depth / data.K[0, 0]
+    K = data.Ks[data.camera(view.frame)]
+    depth_to_metres = depth / K[0, 0]
     follow = np.exp(-np.square(distance * depth_to_metres / 0.015))
 
-    x = (columns + 0.5 - data.K[0, 2]) / data.K[0, 0] * depth
-    y = (rows + 0.5 - data.K[1, 2]) / data.K[1, 1] * depth
+    x = (columns + 0.5 - K[0, 2]) / K[0, 0] * depth
+    y = (rows + 0.5 - K[1, 2]) / K[1, 1] * depth
     corners = head.faces[face]
     skin = np.einsum("nc,nci->ni", bary, head.skin_weights[corners])
     bone = np.einsum("nj,jab->nab", skin, view.joints)

@@ -96,7 +96,7 @@ def test_what_was_never_seen_does_not_steer_the_network(avatar: RiggedAvatar) ->
 def test_start_shows_the_subject(avatar: RiggedAvatar) -> None:
     data = training_data()
     white = torch.ones(3)
-    image = avatar.render(data.conditions.frame(0), torch.from_numpy(data.K), 64, 64, white).image
+    image = avatar.render(data.conditions.frame(0), torch.from_numpy(data.Ks[0]), 64, 64, white).image
     truth = torch.from_numpy(data.images[0]).float() / 255
     assert (image - truth).square().mean() < 0.5 * (1 - truth).square().mean()
 
@@ -108,7 +108,7 @@ def test_saved_avatars_render_the_same(avatar: RiggedAvatar, tmp_path: Path) -> 
     loaded = load_avatar(tmp_path)
     assert (loaded.head, loaded.count) == ("anny", 600)
     assert loaded.expression_names == data.head.expression_names
-    K = torch.from_numpy(data.K)
+    K = torch.from_numpy(data.Ks[0])
     for condition in (data.conditions.frame(3), loaded.neutral):
         one = avatar.render(condition, K, 64, 64, torch.ones(3)).image
         two = loaded.render(condition, K, 64, 64, torch.ones(3)).image

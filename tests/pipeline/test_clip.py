@@ -15,9 +15,17 @@ from pipeline.errors import StageError
 
 
 def write_subject(
-    root: Path, *, count: int = 6, size: tuple[int, int] = (48, 32), crop: tuple[float, float, float] = (-4, -6, 40)
+    root: Path,
+    *,
+    count: int = 6,
+    size: tuple[int, int] = (48, 32),
+    crop: tuple[float, float, float] = (-4, -6, 40),
+    two_takes: bool = False,
 ) -> Subject:
-    """A subject with random frames of (width, height) and the fit of a head that stands still."""
+    """A subject with random frames of (width, height) and the fit of a head that stands still.
+
+    The second of two takes has another focal length and a crop that is moved and grown by 2 px.
+    """
     generator = np.random.default_rng(5)
     subject = Subject(root)
     for folder in ("decode/frames", "matte/alpha", "fit"):
@@ -35,9 +43,12 @@ def write_subject(
     (root / "decode/frames.json").write_text(json.dumps(listing))
     pose = np.tile(np.eye(4), (count, 1, 1))
     pose[:, 2, 3] = 0.6
+    takes = np.arange(count) // (count // 2) if two_takes else np.zeros(count, np.int64)
+    Ks = np.tile([[60.0, 0, 25], [0, 55, 14], [0, 0, 1]], (count, 1, 1))
+    Ks[takes == 1, :2] *= 1.5
     np.savez(
         root / "fit/fit.npz",
-        K=np.array([[60.0, 0, 25], [0, 55, 14], [0, 0, 1]]),
+        Ks=Ks,
         image_size=np.array(size),
         Ts_cam_head=pose,
         Ts_cam_torso=pose,
@@ -50,7 +61,8 @@ def write_subject(
         expression_offsets=np.zeros((2, 478, 3), np.float32),
         usable=np.ones(count, bool),
         head=np.array("anny"),
-        crop=np.array(crop, np.float64),
+        crops=np.tile(np.array(crop, np.float64), (count, 1)) + 2.0 * takes[:, None],
+        clips=takes,
     )
     return subject
 
@@ -93,9 +105,9 @@ def test_inside_is_what_the_frame_shows_of_the_crop(tmp_path: Path) -> None:
     # 48 x 32 pixels seen through a square of 40 from (-4, -6): columns 4 to 40, rows 6 to 38.
     expected = np.zeros((40, 40))
     expected[6:38, 4:] = 1
-    assert np.array_equal(load_clip(write_subject(tmp_path / "s"), 40).inside(), expected)
+    assert np.array_equal(load_clip(write_subject(tmp_path / "s"), 40).inside(), expected[None])
     halved = load_clip(Subject(tmp_path / "s"), 20).inside()
-    assert np.allclose(halved, expected.reshape(20, 2, 20, 2).mean((1, 3)))
+    assert np.allclose(halved[0], expected.reshape(20, 2, 20, 2).mean((1, 3)))
     assert (load_clip(write_subject(tmp_path / "t", crop=(4, 2, 24)), 24).inside() == 1).all()
 
 
@@ -111,9 +123,25 @@ def test_intrinsics_follow_the_crop(tmp_path: Path) -> None:
     clip = load_clip(write_subject(tmp_path / "s"), resolution=20)
     point = np.array([0.05, -0.02, 0.6])
     in_frame = np.array([60 * point[0] / 0.6 + 25, 55 * point[1] / 0.6 + 14])
-    in_crop = clip.K @ point
-    expected = (in_frame - np.array(clip.crop[:2])) * 20 / clip.crop[2]
+    in_crop = clip.Ks[0] @ point
+    (corner, side) = clip.crops[0][:2], clip.crops[0][2]
+    expected = (in_frame - np.array(corner)) * 20 / side
     assert np.allclose(in_crop[:2] / in_crop[2], expected)
+
+
+def test_every_take_has_its_own_camera(tmp_path: Path) -> None:
+    clip = load_clip(write_subject(tmp_path / "s", two_takes=True), resolution=20)
+    one = load_clip(write_subject(tmp_path / "t"), resolution=20)
+    half = len(clip) // 2
+    assert clip.cameras.tolist() == [0] * half + [1] * (len(clip) - half)
+    assert len(clip.Ks) == len(clip.crops) == len(clip.inside()) == 2
+    x0, y0, side = one.crops[0]
+    assert clip.crops == ((x0, y0, side), (x0 + 2, y0 + 2, side + 2))
+    np.testing.assert_allclose(clip.Ks[0], one.Ks[0])
+    assert clip.Ks[1][0, 0] == pytest.approx(1.5 * 60 * 20 / (side + 2))
+    ours, same = load_crops(clip, [0, half]), load_crops(one, [0, half])
+    assert np.array_equal(ours.images[0], same.images[0])
+    assert not np.array_equal(ours.images[1], same.images[1])
 
 
 def test_only_the_frames_asked_for_are_opened(tmp_path: Path) -> None:
@@ -135,7 +163,7 @@ def test_damaged_fits_are_refused_with_the_array_named(tmp_path: Path) -> None:
         ("neck", good["neck"][:-1], r"'neck' has shape \[5, 3\], not \[6, 3\]"),
         ("expression", np.full_like(good["expression"], np.nan), "'expression' holds values that are not finite"),
         ("eyes", None, "no 'eyes'"),
-        ("crop", np.array([0.0, 0, 0]), "sides of 0 px"),
+        ("crops", np.zeros((6, 3)), "sides of 0 px"),
     ):
         arrays = {key: array for key, array in {**good, name: value}.items() if array is not None}
         np.savez(path, **arrays)

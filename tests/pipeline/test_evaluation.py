@@ -28,9 +28,10 @@ def clip(tmp_path: Path) -> Clip:
     poses = np.tile(np.diag([1.0, -1, -1, 1]), (count, 1, 1))
     poses[:, :3, 3] = rng.normal([0, 0, 0.6], 0.02, (count, 3))
     return Clip(
-        K=np.array([[20.0, 0, 8], [0, 20, 8], [0, 0, 1]]),
+        Ks=np.array([[[20.0, 0, 8], [0, 20, 8], [0, 0, 1]]]),
         resolution=size,
-        crop=(0, 0, size),
+        crops=((0, 0, size),),
+        cameras=np.zeros(count, np.int64),
         Ts_cam_head=poses,
         Ts_cam_torso=poses,
         expression=rng.random((count, 52)).astype(np.float32),

@@ -22,7 +22,7 @@ CONFIG = TrainConfig(gaussians=600, resolution=64, steps=40)
 def part(data: TrainingData, rows: slice | np.ndarray) -> TrainingData:
     """Some of the frames."""
     conditions = Condition(*(value[rows] for value in data.conditions))
-    return TrainingData(data.images[rows], data.alphas[rows], conditions, data.K, data.head, data.identity)
+    return TrainingData(data.images[rows], data.alphas[rows], conditions, data.Ks, data.head, data.identity)
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ def test_training_recovers_the_subject_on_frames_it_never_saw() -> None:
     def error(image: np.ndarray, truth: np.ndarray) -> float:
         return float(-10 * np.log10(np.square(image / 255.0 - truth / 255.0).mean()))
 
-    K, white = torch.from_numpy(data.K), torch.ones(3)
+    K, white = torch.from_numpy(data.Ks[0]), torch.ones(3)
     mean_frame = train.images.mean(0)
     rendered, mean = [], []
     with torch.no_grad():
@@ -75,14 +75,33 @@ def test_the_frames_edge_is_not_learned_as_the_subjects() -> None:
     inside[48:] = 0
     images, alphas = data.images.copy(), data.alphas.copy()
     images[:, 48:], alphas[:, 48:] = 255, 0
-    cut = dataclasses.replace(data, images=images, alphas=alphas, inside=inside)
+    cut = dataclasses.replace(data, images=images, alphas=alphas, inside=inside[None])
     trainer = Trainer(cut, CONFIG.model_copy(update={"steps": 150, "gaussians": 1500}), threads=1)
     run(trainer, 150)
     assert (trainer.render(0)[48:] == 1).all()
     assert trainer.psnr([0, 12]) > 25
     # Uncut, the shoulders go on below the edge instead of ending at it.
-    whole = trainer.avatar.render(data.conditions.frame(0), torch.from_numpy(data.K), 64, 64, torch.ones(3), threads=1)
+    K = torch.from_numpy(data.Ks[0])
+    whole = trainer.avatar.render(data.conditions.frame(0), K, 64, 64, torch.ones(3), threads=1)
     assert whole.alpha.detach()[48:50][torch.from_numpy(data.alphas[0][48:50] == 255)].mean() > 0.3
+
+
+def test_every_camera_sees_through_its_own_lens() -> None:
+    data = training_data()
+    taken_by = np.arange(len(data)) % 2
+    images, alphas, second = data.images.copy(), data.alphas.copy(), data.Ks[0].copy()
+    second[0, 2] += 5
+    images[1::2], alphas[1::2] = np.roll(images[1::2], 5, axis=2), np.roll(alphas[1::2], 5, axis=2)
+    images[1::2, :, :5], alphas[1::2, :, :5] = 255, 0
+    config = CONFIG.model_copy(update={"steps": 100, "gaussians": 1500})
+
+    def psnr(Ks: np.ndarray) -> float:
+        both = dataclasses.replace(data, images=images, alphas=alphas, Ks=Ks, cameras=taken_by)
+        trainer = Trainer(both, config, threads=1)
+        run(trainer, 100)
+        return trainer.psnr([0, 1, 12, 13])
+
+    assert psnr(np.stack([data.Ks[0], second])) > psnr(np.stack([data.Ks[0]] * 2)) + 3
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_others() -> None:

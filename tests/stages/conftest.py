@@ -41,7 +41,7 @@ def finished_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "decode/frames.json").write_text(json.dumps(listing))
     np.savez(
         root / "fit/fit.npz",
-        K=clip.K,
+        Ks=np.tile(clip.K, (FRAMES, 1, 1)),
         image_size=np.array([WIDTH, HEIGHT]),
         Ts_cam_head=clip.Ts_cam_head,
         Ts_cam_torso=clip.Ts_cam_head,
@@ -55,7 +55,9 @@ def finished_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         usable=np.arange(FRAMES) != FRAMES - 2,
         residual_px=np.full(FRAMES, 0.4, np.float32),
         head=np.array("anny"),
-        crop=np.array([10.0, 0, 76]),
+        crops=np.tile([10.0, 0, 76], (FRAMES, 1)),
+        clips=np.zeros(FRAMES, np.int64),
+        shots=np.zeros(FRAMES, np.int64),
     )
     subject = Subject(root)
     loaded = load_clip(subject, RESOLUTION)
@@ -63,7 +65,7 @@ def finished_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     crops = load_crops(loaded, frames)
     rows = conditions_of(loaded)
     conditions = type(rows)(*(value[torch.from_numpy(frames)] for value in rows))
-    data = TrainingData(crops.images, crops.alphas, conditions, loaded.K, clip.head, loaded.identity)
+    data = TrainingData(crops.images, crops.alphas, conditions, loaded.Ks, clip.head, loaded.identity)
     avatar = RiggedAvatar.start(data, TrainConfig(gaussians=1500), np.random.default_rng(0))
     save_avatar(avatar, root / "train", {"resolution": RESOLUTION, "steps": 200, "frames": len(data)})
     log = [{"step": step, "loss": 1 / step, "psnr_train": 20 + step / 50, "psnr_val": None} for step in (100, 200)]
