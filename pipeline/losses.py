@@ -22,7 +22,7 @@ from pipeline.rasterize.team import counters, done, doubles, floats, integer, ke
 RADIUS = 5
 C1, C2 = 0.01**2, 0.03**2
 
-INLINED_SOURCES = "f807d09814611e3a"
+INLINED_SOURCES = "bfa23c98c280a9bd"
 """As in `pipeline.rasterize.kernels`."""
 
 _taps = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / 1.5) ** 2)

@@ -52,7 +52,7 @@ from pipeline.rasterize.team import counters, done, floats, int32s, int64s, inte
 Floats = np.ndarray  # float32
 Ints = np.ndarray
 
-INLINED_SOURCES = "f807d09814611e3a"
+INLINED_SOURCES = "bfa23c98c280a9bd"
 """Digest of the files whose code is compiled into these kernels. Numba renews a cached kernel only when this file
 changes; a test keeps the digest, and so this file, in step with them."""
 
