@@ -6,6 +6,7 @@ that a frame is an upright sRGB image with a time. Nothing is held but the frame
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -24,6 +25,9 @@ from pipeline.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_FOLDER_FPS = Fraction(25)
 """Images carry no time; they are taken to follow each other at this rate."""
+
+SAMPLE_BUDGET = 1_200_000_000
+"""Pixels that sampling may decode: 580 frames of 1920x1080, about two seconds on two cores."""
 
 # Numbers of ISO/IEC 23091-2 (H.273): matrix coefficients to swscale's colour spaces, and the two HDR transfers.
 _SWS_COLOURSPACE = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
@@ -228,6 +232,86 @@ def read_frames(
             on_damage(f"{broken} parts of the file could not be decoded")
         if not index:
             raise UserError(f"No frame of '{path}' can be decoded.", "check that it plays, and copy or record it again")
+
+
+def sample_frames(path: Path, count: int, *, threads: int = 2) -> Iterator[Frame]:
+    """About `count` frames spread over a video or a folder of images, in order of time, without decoding all of it.
+
+    Each is reached from the key frame before it. Where that asks for more than `SAMPLE_BUDGET`, the frames are drawn
+    nearer to their key frames, in the end onto these, of which there may be fewer. A file that does not tell its length
+    is sampled twice a second from its start. Frames that do not decode are left out. The frames' numbers are computed
+    from their times.
+
+    Raises:
+        UserError: it is missing, empty, no video, or nothing in it decodes.
+    """
+    if path.is_dir():
+        files = image_files(path)
+        for index in np.unique(np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)):
+            yield _ImageFrame(int(index), _read_image(files[index]))
+        return
+    import av
+
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
+        rate = float(stream.average_rate or stream.guessed_rate or IMAGE_FOLDER_FPS)
+        start = float((stream.start_time or 0) * stream.time_base)
+        seconds = float(container.duration or 0) / 1_000_000 or count / 2
+        targets = [start + (place + 0.5) * seconds / count for place in range(count)]
+        spans: dict[float, list[float]] = {}
+        for target in targets:
+            spans.setdefault(min(_key_time(container, stream, target, start), target), []).append(target)
+        afford = SAMPLE_BUDGET / max(1, stream.width * stream.height) - len(spans)
+        asked = rate * sum(span[-1] - key for key, span in spans.items())
+        if asked > afford:
+            # Frames that no other needs are up to half of a file's and need not be decoded to reach the rest.
+            stream.codec_context.skip_frame = "NONREF"
+        share = min(1.0, max(0.0, afford) / max(1.0, asked))
+        last = -math.inf
+        for key, span in spans.items():
+            wanted = [key + share * (target - key) for target in span]
+            for frame in _decode_span(container, stream, key, wanted[-1] + 2 / rate):
+                # A frame that is drained from the decoder has its stamp, but no `time`.
+                time = float(frame.pts * stream.time_base) if frame.pts is not None else last + 1 / rate
+                if wanted and time > last and time >= wanted[0] - 0.5 / rate:
+                    wanted = [later for later in wanted if later > time + 0.5 / rate]
+                    last = time
+                    number = round((time - start) * rate)
+                    turn, aspect = _display_turn(frame), _pixel_aspect(stream, frame)
+                    yield _VideoFrame(max(0, number), max(0.0, time - start), frame, turn, aspect)
+        if last == -math.inf:
+            raise UserError(f"No frame of '{path}' can be decoded.", "check that it plays, and copy or record it again")
+
+
+def _key_time(container: Any, stream: Any, time: float, start: float) -> float:
+    """Time of the key frame from which `time` is reached; the start where the file cannot be searched."""
+    import av
+
+    try:
+        container.seek(int(time / stream.time_base), stream=stream, backward=True)
+        packet = next(container.demux(stream), None)
+    except av.error.FFmpegError:
+        return start
+    return start if packet is None or packet.pts is None else float(packet.pts * stream.time_base)
+
+
+def _decode_span(container: Any, stream: Any, key: float, until: float) -> Iterator[Any]:
+    """Decoded frames from a key frame on, to `until` and a few more; damaged ones are left out."""
+    import av
+
+    try:
+        container.seek(int(key / stream.time_base), stream=stream, backward=True)
+        for packet in container.demux(stream):
+            # A packet comes in the order of decoding, before or with its time of presentation.
+            stamp = packet.dts if packet.dts is not None else packet.pts
+            if stamp is None or float(stamp * stream.time_base) > until + 1e-6:
+                break
+            with contextlib.suppress(av.error.FFmpegError):
+                yield from stream.decode(packet)
+        yield from stream.decode(None)
+    except av.error.FFmpegError:
+        return
 
 
 def image_files(folder: Path) -> list[Path]:
