@@ -258,10 +258,11 @@ def _write_files(run: StageRun, fitted: _Fitted, crop: tuple[int, int, int]) -> 
     from pipeline.dataset import write_json
 
     state, frames, usable, head = fitted.state, fitted.frames, fitted.track.usable, fitted.head
-    offsets = state.offsets.astype(np.float32)
+    T, offsets = len(frames), state.offsets.astype(np.float32)
     np.savez(
         run.work / "fit.npz",
         K=fitted.K,
+        Ks=np.repeat(fitted.K[None], T, 0),
         image_size=np.array([frames.width, frames.height]),
         Ts_cam_head=state.Ts_cam_head,
         Ts_cam_torso=fitted.Ts_cam_torso,
@@ -276,6 +277,9 @@ def _write_files(run: StageRun, fitted: _Fitted, crop: tuple[int, int, int]) -> 
         residual_px=np.median(fitted.errors, 1).astype(np.float32),
         head=np.array(head.name),
         crop=np.array(crop, np.float64),
+        crops=np.repeat(np.array([crop], np.float64), T, 0),
+        shots=np.zeros(T, np.int64),
+        clips=np.zeros(T, np.int64),
     )
     cameras = {
         "schema": SCHEMA,
@@ -391,4 +395,4 @@ def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int3
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
-STAGE = Stage("fit", 4, ("decode", "track"), fit, description="camera, head shape, poses and expressions")
+STAGE = Stage("fit", 5, ("decode", "track"), fit, description="camera, head shape, poses and expressions")

@@ -85,6 +85,7 @@ def test_files_are_what_the_layout_promises(tmp_path: Path) -> None:
     E, S = len(clip().head.expression_names), len(clip().identity)
     shapes = {
         "K": (3, 3),
+        "Ks": (FRAMES, 3, 3),
         "image_size": (2,),
         "Ts_cam_head": (FRAMES, 4, 4),
         "Ts_cam_torso": (FRAMES, 4, 4),
@@ -99,6 +100,9 @@ def test_files_are_what_the_layout_promises(tmp_path: Path) -> None:
         "residual_px": (FRAMES,),
         "head": (),
         "crop": (3,),
+        "crops": (FRAMES, 3),
+        "shots": (FRAMES,),
+        "clips": (FRAMES,),
     }
     assert {name: array.shape for name, array in arrays.items()} == shapes
     assert all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f")
@@ -117,7 +121,7 @@ def test_files_are_what_the_layout_promises(tmp_path: Path) -> None:
 
     (tmp_path / "ada/matte").mkdir()
     loaded = load_clip(subject, 64)
-    assert loaded.crop == tuple(arrays["crop"])
+    assert loaded.crops == (tuple(arrays["crop"]),)
 
 
 def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
