@@ -137,6 +137,7 @@ def _contents(subject: Subject, stages: Sequence[Stage], config: Config) -> dict
         "comparison": _comparison(metrics) if metrics else [],
         "regions": REGIONS,
         "curves": _picture(subject.stage("evaluate"), "curves.png", "PSNR of every held-out frame, and of training"),
+        "fitted": _fitted(subject),
         "advice": _advice(subject, states),
         "total_seconds": sum(times) if times else None,
         "longest_seconds": max(times, default=0.0),
@@ -212,14 +213,31 @@ def _headline(subject: Subject, views: Sequence[StageView]) -> tuple[str, str]:
 
 def _hero(subject: Subject, views: Sequence[StageView]) -> Media | None:
     """The comparison as a video where it is small enough, else the best picture there is."""
-    video = subject.stage("evaluate") / "comparison.mp4"
-    try:
-        if 0 < video.stat().st_size <= VIDEO_LIMIT_BYTES:
-            return Media("video", _data_uri("video/mp4", video.read_bytes()), "Truth, render and error side by side")
-    except OSError:
-        # No video, no evaluation yet: the stages' pictures say how far it came.
+    folder, alt = subject.stage("evaluate"), "Truth, render and error side by side"
+    if not (folder / "comparison.mp4").is_file():
+        # No evaluation yet: the stages' pictures say how far it came.
         return next((view.media for view in reversed(views) if view.media), None)
-    return _picture(subject.stage("evaluate"), "comparison.jpg", "Truth, render and error side by side")
+    return _video(folder / "comparison.mp4", alt) or _picture(folder, "comparison.jpg", alt)
+
+
+def _fitted(subject: Subject) -> list[tuple[str, Media]]:
+    """Heading and picture of what a person judges the fit by, as far as it is there."""
+    folder = subject.stage("fit")
+    media = (
+        ("Fitted head and detected landmarks", _video(folder / "overlay.mp4", "The fitted head over the clip")),
+        ("Neutral head", _picture(folder, "neutral.jpg", "The neutral head from the front and from the side")),
+        ("Over time", _picture(folder, "curves.png", "Expression, pose, gaze and landmark error of every frame")),
+    )
+    return [(title, item) for title, item in media if item is not None]
+
+
+def _video(path: Path, alt: str) -> Media | None:
+    """A video small enough for a page; None where it is not, or not there."""
+    try:
+        fits = 0 < path.stat().st_size <= VIDEO_LIMIT_BYTES
+        return Media("video", _data_uri("video/mp4", path.read_bytes()), alt) if fits else None
+    except OSError:
+        return None
 
 
 def _picture(folder: Path, name: str, alt: str) -> Media | None:

@@ -90,6 +90,10 @@ def work_of(name: str) -> Callable[[StageRun], Result]:
             (run.work / "metrics.json").write_text(json.dumps(METRICS))
             picture(run.work / "curves.png")
             (run.work / "comparison.mp4").write_bytes(b"video")
+        if name == "fit":
+            picture(run.work / "neutral.jpg")
+            picture(run.work / "curves.png")
+            (run.work / "overlay.mp4").write_bytes(b"video")
         (run.work / "frames").mkdir(exist_ok=True)
         (run.work / "frames/000000.bin").write_bytes(b"x" * 1000)
         return Result(Verdict("good", f"{name.capitalize()}: good. Said {HOSTILE} in {name}.", "picture.jpg"), {})
@@ -146,10 +150,10 @@ def whole(subject: Subject, config: Config) -> tuple[Page, str]:
 
 def test_a_whole_run_has_every_section(whole: tuple[Page, str]) -> None:
     page, _ = whole
-    assert page.headings() == ["comparison", "curves", "advice", "stages", "timings", "settings"]
+    assert page.headings() == ["comparison", "curves", "fit", "advice", "stages", "timings", "settings"]
     assert [a["id"] for a in page.all("article")] == [f"stage-{name}" for name in ORDER]
-    assert len(page.all("video")) == 1
-    assert len(page.all("img")) == len(ORDER) + 1, "a picture for every stage, and the curves"
+    assert len(page.all("video")) == 2, "the comparison, and the fitted head over the clip"
+    assert len(page.all("img")) == len(ORDER) + 3, "a picture for every stage, two of curves, and the neutral head"
 
 
 def test_the_comparison_names_split_baselines_and_reasons(whole: tuple[Page, str]) -> None:
