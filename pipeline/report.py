@@ -148,7 +148,7 @@ def _contents(subject: Subject, stages: Sequence[Stage], config: Config) -> dict
             (name, json.dumps(preset), json.dumps(value)) for name, (preset, value) in differences(config).items()
         ],
         "versions": [("headcast", __version__), *_library_versions()],
-        "source": _source(subject),
+        "clips": _clips(subject),
         "finished": max((str(manifest.get("finished", "")) for manifest in manifests), default=""),
     }
 
@@ -296,9 +296,11 @@ def _advice(subject: Subject, states: Sequence[State]) -> list[Advice] | None:
     return advise(subject, manifests) if "track" in manifests else None
 
 
-def _source(subject: Subject) -> dict[str, Any]:
+def _clips(subject: Subject) -> list[dict[str, Any]]:
+    """The clips that `source.json` names."""
     record = _read(subject.source / "source.json")
-    return record if isinstance(record, dict) else {}
+    clips = record.get("clips") if isinstance(record, dict) else None
+    return [clip for clip in clips if isinstance(clip, dict)] if isinstance(clips, list) else []
 
 
 def _library_versions() -> list[tuple[str, str]]:

@@ -116,7 +116,8 @@ def stages(**instead: Callable[[StageRun], Result]) -> list[Stage]:
 def subject(tmp_path: Path) -> Subject:
     subject = Subject(tmp_path / "ada")
     subject.source.mkdir(parents=True)
-    record = {"schema": 1, "name": "ada", "file": HOSTILE, "sha256": "0" * 64, "size": 1_500_000}
+    clip = {"name": HOSTILE, "file": "ada.mp4", "sha256": "0" * 64, "size": 1_500_000}
+    record = {"schema": 2, "clips": [clip, {**clip, "name": "second.mov"}]}
     (subject.source / "source.json").write_text(json.dumps(record))
     return subject
 
