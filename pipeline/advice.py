@@ -1,7 +1,7 @@
 """What to film differently next time, read off what tracking, fitting and matting saw.
 
 Each piece of advice names the figure that it rests on. Thresholds are wide on purpose: advice that always comes is not
-read.
+read. They and the words of the remedies stand here for the capture check too, which judges before any tracking.
 """
 
 from __future__ import annotations
@@ -17,11 +17,43 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MIN_SECONDS, MIN_USABLE_FRAMES = 8.0, 150
-MIN_FACE_WIDTH_PX = 140
+MIN_FACE_HEIGHT_PX = 180
+"""From the forehead's top to the chin, as the landmarks have it."""
 MIN_YAW_RANGE_DEG, MIN_PITCH_RANGE_DEG = 25.0, 12.0
-MAX_BLURRED, MAX_OFF_FRAME, MAX_OCCLUDED, MAX_LOST = 0.08, 0.03, 0.03, 0.05
+MAX_FRONT_YAW_DEG = 45.0
+"""A face that is always turned further is never seen from the front."""
+MAX_BLURRED, MAX_OFF_FRAME, MAX_OCCLUDED, MAX_LOST, MAX_OTHERS = 0.08, 0.03, 0.03, 0.05, 0.03
+"""Shares of the frames."""
+BLUR_SHARE = 0.4
+"""A face with less than this share of the clip's usual detail is blurred."""
+MIN_SHARP_SHARE = 0.7
+"""Share of its height in pixels, or of `MIN_FACE_HEIGHT_PX` where it is higher, that a sharp face has detail for."""
+MIN_FACE_LUMA, MAX_BURNT, MAX_LIGHT_STOPS = 50, 0.05, 0.7
+"""Median grey value of the face, share of it that is burnt out, and change of its light over the clip."""
 MIN_JAW_OPEN, MIN_BLINK, MIN_SMILE = 0.25, 0.4, 0.3
 MAX_FLICKER_PX = 1.0
+
+# Beyond these the outcome is poor, whatever else is right.
+POOR_SECONDS, POOR_FACE_HEIGHT_PX, POOR_LOST = 2.0, 90, 0.5
+
+HOW = {
+    "length": "film 20 to 60 s in one take, without cuts",
+    "view": "film one person from the front, who stays in view",
+    "alone": "film one person alone",
+    "near": "go nearer, or film in more pixels",
+    "sharp": "more light lets the camera expose shorter; move slowly, rest the camera",
+    "focus": "focus on the face, wipe the lens, give the camera's own file rather than a copy",
+    "light": "light the face evenly from the front, and lock the camera's exposure",
+    "room": "leave a hand's breadth of room on every side of the head",
+    "clear": "keep hands and hair off the face",
+    "yaw": "turn the head slowly about 30 degrees to the left and to the right: what was never seen is guessed",
+    "pitch": "look slowly up and down once or twice",
+    "mouth": "speak, and open the mouth wide once",
+    "eyes": "close both eyes slowly once",
+    "smile": "smile with closed lips and with open ones",
+    "background": "choose a plain background, in another colour than hair and clothes and some way behind",
+}
+"""How to film what was found missing."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +95,7 @@ def _length(subject: Subject, track: Mapping[str, NDArray[Any]]) -> list[Advice]
     usable = int(track["usable"].sum()) if "usable" in track else len(times)
     if seconds >= MIN_SECONDS and usable >= MIN_USABLE_FRAMES:
         return []
-    text = f"There are {usable} usable frames in {seconds:.1f} s. Film 20 to 60 s in one take, without cuts."
-    return [Advice("Film longer", text)]
+    return [Advice("Film longer", f"There are {usable} usable frames in {seconds:.1f} s. {_how('length')}")]
 
 
 def _flags(track: Mapping[str, NDArray[Any]]) -> list[Advice]:
@@ -74,17 +105,17 @@ def _flags(track: Mapping[str, NDArray[Any]]) -> list[Advice]:
         "blurred": (
             MAX_BLURRED,
             "Sharper frames",
-            "are blurred by motion. More light lets the camera expose shorter; move slowly, rest the camera.",
+            f"are blurred by motion. {_how('sharp')}",
         ),
         "off_frame": (
             MAX_OFF_FRAME,
             "Keep the whole head in the picture",
-            "have the head over the edge. Leave a hand's breadth of room on every side.",
+            f"have the head over the edge. {_how('room')}",
         ),
         "occluded": (
             MAX_OCCLUDED,
             "Keep hands and hair off the face",
-            "have something before the face.",
+            f"have something before the face. {_how('clear')}",
         ),
     }
     found = []
@@ -95,7 +126,7 @@ def _flags(track: Mapping[str, NDArray[Any]]) -> list[Advice]:
     detected = track.get("detected")
     if detected is not None and 1 - detected.mean() > MAX_LOST:
         where = _some(ranges_text(~detected.astype(bool)))
-        text = f"No face was found in {1 - detected.mean():.0%} of the frames: {where}. Film one person from the front."
+        text = f"No face was found in {1 - detected.mean():.0%} of the frames: {where}. {_how('view')}"
         found.append(Advice("Stay in view", text))
     return found
 
@@ -106,12 +137,10 @@ def _face_size(track: Mapping[str, NDArray[Any]]) -> list[Advice]:
     boxes, detected = track.get("boxes"), track.get("detected")
     if boxes is None or detected is None or not detected.any():
         return []
-    width = float(np.median(boxes[detected, 2] - boxes[detected, 0]))
-    if width >= MIN_FACE_WIDTH_PX:
+    height = float(np.median(boxes[detected, 3] - boxes[detected, 1]))
+    if height >= MIN_FACE_HEIGHT_PX:
         return []
-    text = (
-        f"The face is {width:.0f} px wide; from 200 px on there is detail to learn. Go nearer, or film in more pixels."
-    )
+    text = f"The face is {height:.0f} px high; from {MIN_FACE_HEIGHT_PX} px on there is detail to learn. {_how('near')}"
     return [Advice("Come closer", text)]
 
 
@@ -121,13 +150,10 @@ def _pose(fit: Mapping[str, NDArray[Any]]) -> list[Advice]:
     yaw, pitch = head_angles_deg(fit["Ts_cam_head"][fit["usable"]])
     found = []
     if _spread(yaw) < MIN_YAW_RANGE_DEG:
-        text = (
-            f"The head turns by {_spread(yaw):.0f} degrees from side to side. Turn it slowly about 30 degrees to the "
-            "left and to the right: what was never seen is guessed."
-        )
+        text = f"The head turns by {_spread(yaw):.0f} degrees from side to side. {_how('yaw')}"
         found.append(Advice("Show both sides", text))
     if _spread(pitch) < MIN_PITCH_RANGE_DEG:
-        text = f"The head nods by {_spread(pitch):.0f} degrees. Look slowly up and down once or twice."
+        text = f"The head nods by {_spread(pitch):.0f} degrees. {_how('pitch')}"
         found.append(Advice("Look up and down", text))
     return found
 
@@ -146,9 +172,9 @@ def _expressions(track: Mapping[str, NDArray[Any]]) -> list[Advice]:
 
     blink, smile = peak("eyeBlinkLeft", "eyeBlinkRight"), peak("mouthSmileLeft", "mouthSmileRight")
     checks = (
-        (peak("jawOpen"), MIN_JAW_OPEN, "Open the mouth", "The mouth hardly opens. Speak, and open it once."),
-        (blink, MIN_BLINK, "Close the eyes", "The eyes are never seen closed. Blink slowly."),
-        (smile, MIN_SMILE, "Smile", "There is no smile. Smile with closed lips and with open ones."),
+        (peak("jawOpen"), MIN_JAW_OPEN, "Open the mouth", f"The mouth hardly opens. {_how('mouth')}"),
+        (blink, MIN_BLINK, "Close the eyes", f"The eyes are never seen closed. {_how('eyes')}"),
+        (smile, MIN_SMILE, "Smile", f"There is no smile. {_how('smile')}"),
     )
     return [
         Advice(title, f"{text} (Highest score: {value:.2f} of 1.)")
@@ -161,11 +187,7 @@ def _matte(manifest: Mapping[str, Any]) -> list[Advice]:
     flicker = (manifest.get("metrics") or {}).get("flicker_px")
     if not isinstance(flicker, int | float) or flicker <= MAX_FLICKER_PX:
         return []
-    text = (
-        f"The outline flickers by {flicker:.1f} px. A plain background, in another colour than hair and clothes and "
-        "some way behind, makes it steady."
-    )
-    return [Advice("A plainer background", text)]
+    return [Advice("A plainer background", f"The outline flickers by {flicker:.1f} px. {_how('background')}")]
 
 
 def head_angles_deg(Ts_cam_head: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -174,6 +196,11 @@ def head_angles_deg(Ts_cam_head: NDArray[np.floating[Any]]) -> tuple[NDArray[np.
 
     x, y, z = np.moveaxis(np.asarray(Ts_cam_head, np.float64)[:, :3, 2], -1, 0)
     return np.degrees(np.arctan2(x, -z)), np.degrees(np.arctan2(y, np.hypot(x, z)))
+
+
+def _how(name: str) -> str:
+    """A remedy as a sentence."""
+    return f"{HOW[name][0].upper()}{HOW[name][1:]}."
 
 
 def _spread(values: NDArray[np.float64]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +17,10 @@ class Finding:
     level: Level
     what: str
     fix: str = ""
+    severe: bool = False
+    """Degraded so far that the outcome will be poor rather than fair."""
 
 
-def worst(findings: list[Finding]) -> Level:
+def worst(findings: Iterable[Finding]) -> Level:
     """The level of the worst finding."""
     return max((finding.level for finding in findings), key=LEVELS.index)
