@@ -1,4 +1,4 @@
-"""The subject flow: one video to one avatar, seven stages as cached and resumable tasks.
+"""The subject flow: the videos of one person to one avatar, seven stages as cached and resumable tasks.
 
 The manifests in the dataset are the only truth about what is fresh (`pipeline.stage`): a task whose stage is fresh
 ends as `Cached` without working, so results can never drift apart from the files they stand for.
@@ -21,7 +21,15 @@ from prefect.states import Completed  # noqa: E402
 from pipeline.assets import U2NETP, ensure_assets, fetch_rembg_model  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
 from pipeline.report import build_report  # noqa: E402
-from pipeline.run import RunRequest, hold, open_subject, prepare, stop_signals  # noqa: E402
+from pipeline.run import (  # noqa: E402
+    RunRequest,
+    check_captures_first,
+    check_input,
+    hold,
+    open_subject,
+    prepare,
+    stop_signals,
+)
 from pipeline.stage import inspect_stages, run_stage  # noqa: E402
 from stages import STAGES  # noqa: E402
 
@@ -61,7 +69,9 @@ def subject_flow(request: RunRequest) -> list[str]:
             )
 
     worked = []
+    check_input(request, subject)
     with hold(subject):
+        check_captures_first(request, subject, reporter)
         open_subject(request, subject, config)
         ensure_assets({name for stage in wanted for name in stage.assets}, reporter)
         if config.matte.model != U2NETP:

@@ -38,15 +38,21 @@ class Common:
 
 @dataclass(frozen=True)
 class Run(Common):
-    """Make an avatar from a video of one person, or bring it up to date.
+    """Make an avatar from one or more videos of one person, or bring it up to date.
 
     Stages that are finished and unchanged are left alone; a run that was stopped goes on where it was.
     """
 
-    video: tyro.conf.Positional[Path] = tyro.MISSING
-    """A video file, or a folder of images."""
+    videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="VIDEO...")] = ()
+    """A video file, or a folder of images; several clips of the same person make one avatar."""
     subject: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """The subject's name; by default made from the file's name."""
+    """The subject's name; by default made from the first file's name."""
+    person: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Which of several people: their number from the left where the most are seen; by default who is seen longest."""
+    like: Annotated[Path | None, tyro.conf.arg(metavar="PHOTO")] = None
+    """Which of several people: a photograph of the one; needs a face recognition model of your own."""
+    no_check: bool = False
+    """Do not look at new videos beforehand and say what to film again."""
     preset: Literal["quick", "standard", "best"] = "quick"
     """quick: a minute or two on two cores, 256 px. standard: minutes, 512 px. best: the paper's budget, for a GPU."""
     avatar: Literal["rigged"] = "rigged"
@@ -231,21 +237,27 @@ def _resume_command(command: Any) -> str | None:
     if isinstance(command, Run) and subject is None:
         from pipeline.dataset import subject_name_for
 
-        subject = subject_name_for(command.video)
+        subject = subject_name_for(command.videos[0])
     return shlex.join(["headcast", "rerun", str(subject), "--data", str(command.data)])
 
 
 def _run(command: Run) -> tuple[dict[str, Any], str, int]:
     from pipeline.run import RunRequest
 
-    settings = (f"train.avatar={command.avatar}", f"fit.head={command.head}", *command.set)
+    if not command.videos:
+        raise UserError("No video is named.", "for example: headcast run my_video.mp4; headcast run --help tells more")
+    settings = [f"train.avatar={command.avatar}", f"fit.head={command.head}", *command.set]
+    if command.person is not None:
+        settings.append(f"track.person={command.person}")
     return _carry_out(
         RunRequest(
             data=command.data,
             subject=command.subject,
-            video=command.video,
+            videos=command.videos,
+            like=command.like,
+            check=not command.no_check,
             preset=command.preset,
-            settings=settings,
+            settings=tuple(settings),
             first=command.first,
             last=command.last,
             device=command.device,
@@ -267,8 +279,9 @@ def _demo(command: Demo) -> tuple[dict[str, Any], str, int]:
     from pipeline.run import RunRequest
 
     ensure_assets({"sample_clip"}, default_reporter())
-    request = RunRequest(data=command.data, subject="demo", video=asset_path("sample_clip"), preset=command.preset)
-    return _carry_out(request)
+    clip = asset_path("sample_clip")
+    # The sample is known for what goes wrong in it.
+    return _carry_out(RunRequest(data=command.data, subject="demo", videos=(clip,), preset=command.preset, check=False))
 
 
 def _carry_out(request: Any) -> tuple[dict[str, Any], str, int]:

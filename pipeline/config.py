@@ -25,18 +25,20 @@ class Section(BaseModel):
 
 
 class DecodeConfig(Section):
-    """From the source to the frames of the longest usable span."""
+    """From the clips of the source to the frames of their shots."""
 
     max_fps: float = Field(60.0, gt=0)
     """Frames a second to keep at most; a faster clip is thinned."""
     max_frames: int = Field(1800, ge=1)
-    """Frames to keep at most; a longer clip is thinned evenly over its whole length."""
+    """Frames to keep at most, of all clips together; more are thinned evenly over the whole length."""
     max_side_px: int = Field(1024, ge=32)
     """Longer side of the frames at most; larger ones are reduced."""
+    min_shot_seconds: float = Field(1.0, ge=0)
+    """Shots between two cuts that last at least so long are kept; where none does, the longest of the clip."""
     start_seconds: float | None = Field(None, ge=0)
-    """Begin of the span to use; by default the longest shot is taken."""
+    """Begin of the span to use, where one clip is given; what lies in the span is kept, short shots too."""
     end_seconds: float | None = Field(None, gt=0)
-    """End of the span to use; by default the longest shot is taken."""
+    """End of the span to use, where one clip is given."""
     drop_repeated: bool = True
     """Leave out frames that repeat the one before (frame-rate conversion makes them)."""
 
@@ -51,7 +53,11 @@ class TrackConfig(Section):
     min_confidence: float = Field(0.5, ge=0, le=1)
     """The detector's threshold."""
     max_faces: int = Field(4, ge=1)
-    """Faces looked for in a frame; the subject is the one that is there longest."""
+    """Faces looked for in a frame."""
+    person: int | None = Field(None, ge=1)
+    """Which of several people: their number from the left where the most are seen; by default the one seen longest."""
+    like: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    """Which of several people: sha256 of a photograph of the one that is meant; `--like PHOTO` sets it."""
 
 
 class MatteConfig(Section):

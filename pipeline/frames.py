@@ -21,22 +21,31 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class FrameSet:
-    """The frames that the decode stage wrote, in order of time."""
+    """The frames that the decode stage wrote, clip after clip, each in order of time."""
 
     folder: Path
     """The decode stage's folder."""
     width: int
     height: int
+    """Size of every frame; a smaller clip's picture lies at the top left, what is beside it is black."""
     fps: Fraction
-    """Nominal rate of the source; the frames' own `times` are what counts."""
+    """Nominal rate of the first clip; the frames' own `times` are what counts."""
     files: tuple[str, ...]
     """Path of each frame in `folder`."""
     times: NDArray[np.float64]
-    """[T] seconds from the clip's start."""
+    """[T] seconds from the first clip's start; a later clip begins one second after the one before it ends."""
+    clips: NDArray[np.int64]
+    """[T] number of each frame's clip, from 0."""
+    shots: NDArray[np.int64]
+    """[T] number of each frame's shot, from 0, counted over all clips."""
+    contents: NDArray[np.int64]
+    """[T, 2] width and height of the part of each frame, from its top-left corner, that is picture."""
     source_frames: NDArray[np.int64]
-    """[T] number of each frame in the source."""
+    """[T] number of each frame in its clip."""
     sharpness: NDArray[np.float32]
     """[T] mean square of the Laplacian of the frame's grey values; comparable within a clip only."""
+    clip_names: tuple[str, ...]
+    """Names of the clips as they were given; empty where the file does not tell."""
     record: dict[str, Any]
     """`frames.json` as it stands."""
 
@@ -58,6 +67,10 @@ class FrameSet:
                 raise ValueError("width, height, fps or count do not fit")
             files = tuple(str(entry["file"]) for entry in entries)
             times = np.array([float(entry["time"]) for entry in entries])
+            clips = np.array([int(entry.get("clip", 0)) for entry in entries])
+            shots = np.array([int(entry.get("shot", 0)) for entry in entries])
+            about = record.get("clips") or [{"name": "", "content": [width, height]}]
+            names = tuple(str(clip["name"]) for clip in record.get("clips", []))
             numbers = np.array([int(entry["source_frame"]) for entry in entries])
             sharpness = np.array([float(entry["sharpness"]) for entry in entries], np.float32)
             if [entry["index"] for entry in entries] != list(range(len(entries))):
@@ -66,11 +79,22 @@ class FrameSet:
                 raise ValueError("a file lies outside the stage's folder")
             if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
                 raise ValueError("the times do not increase")
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            if shots[0] != 0 or not np.isin(np.diff(shots), (0, 1)).all():
+                raise ValueError("the shots do not count 0, 1, 2, ...")
+            if clips.min() < 0 or clips[-1] >= len(about) or (np.diff(clips) < 0).any():
+                raise ValueError("the clips do not count up within their list")
+            if (np.diff(clips).astype(bool) & (np.diff(shots) == 0)).any():
+                raise ValueError("a shot reaches over two clips")
+            contents = np.array([[int(side) for side in clip["content"]] for clip in about])[clips]
+            if (contents < 1).any() or (contents > [width, height]).any():
+                raise ValueError("the clips' content does not fit the frames")
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(
                 f"'{path}' is not what the decode stage writes: {error}.", "rerun the stage: headcast rerun SUBJECT"
             ) from None
-        return FrameSet(folder, width, height, fps, files, times, numbers, sharpness, record)
+        return FrameSet(
+            folder, width, height, fps, files, times, clips, shots, contents, numbers, sharpness, names, record
+        )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -85,6 +109,15 @@ class FrameSet:
 
         path = self.folder / self.files[index]
         return self._checked(path, cv2.cvtColor(_read(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
+
+    def picture(self, index: int) -> NDArray[np.uint8]:
+        """The part of frame `index` that is picture, sRGB [h, w, 3] without the padding.
+
+        Raises:
+            UserError: as `image`.
+        """
+        width, height = self.contents[index]
+        return self.image(index)[:height, :width]
 
     def alpha(self, index: int, matte: Path | None = None) -> NDArray[np.uint8]:
         """Alpha of frame `index` as [H, W], 0 background to 255 subject.

@@ -6,10 +6,12 @@ Both the command line and the flows start here, so that `headcast run` and a dep
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -18,8 +20,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import Config, Preset, override, preset_config
-from pipeline.dataset import Dataset, Subject, subject_name_for, write_json
+from pipeline.dataset import Dataset, Subject, sha256_file, subject_name_for, write_json
 from pipeline.errors import StageError, UserError
+from pipeline.progress import Reporter
+from pipeline.source import check_sources, has_photo, is_registered, read_photo_bytes, register_photo, register_source
 from pipeline.stage import Stage, State, inspect_stages
 
 RUN_RECORD = "run.json"
@@ -38,9 +42,13 @@ class RunRequest(BaseModel):
     data: Path = Path("data")
     """The dataset directory."""
     subject: str | None = None
-    """The subject's name; by default made from the video's file name."""
-    video: Path | None = None
-    """The video, or a folder of images; None for a subject that is there already."""
+    """The subject's name; by default made from the first video's file name."""
+    videos: tuple[Path, ...] = ()
+    """The videos, or folders of images, of one person; none for a subject that is there already."""
+    like: Path | None = None
+    """A photograph of the person who is meant, where several are in view; it is kept with the videos."""
+    check: bool = True
+    """Look at new videos before anything is done with them, and say what to film again."""
     preset: Preset | None = None
     """Budget of the run; None means the subject's last, or quick."""
     settings: tuple[str, ...] = ()
@@ -60,20 +68,29 @@ class RunRequest(BaseModel):
         Raises:
             UserError: the name is not safe, or neither a name nor a video is given.
         """
-        if self.subject is None and self.video is None:
+        if self.subject is None and not self.videos:
             raise UserError("Neither a video nor a subject is named.", "for example: headcast run my_video.mp4")
-        return Dataset(self.data).subject(self.subject or subject_name_for(self.video or Path()))
+        return Dataset(self.data).subject(self.subject or subject_name_for(self.videos[0]))
 
 
 def resolve_config(request: RunRequest, subject: Subject) -> Config:
     """The settings a request means: its preset and changes; without a video or preset, those of the last run.
 
     Raises:
-        UserError: a setting or the record of the last run does not fit.
+        UserError: a setting or the record of the last run does not fit, or the photograph cannot be read.
     """
-    if request.preset is None and request.video is None:
-        return override(last_config(subject), list(request.settings))
-    return override(preset_config(request.preset or "quick"), list(request.settings))
+    settings = list(request.settings)
+    if request.like is not None:
+        settings.append(f"track.like={hashlib.sha256(read_photo_bytes(request.like)).hexdigest()}")
+    if request.preset is None and not request.videos:
+        config = override(last_config(subject), settings)
+    else:
+        config = override(preset_config(request.preset or "quick"), settings)
+    if config.track.person is not None and config.track.like:
+        raise UserError(
+            "Both a person's number and a photograph are named.", "choose the person with --person or with --like"
+        )
+    return config
 
 
 def last_config(subject: Subject) -> Config:
@@ -102,7 +119,7 @@ def prepare(request: RunRequest, stages: Sequence[Stage]) -> tuple[Subject, Conf
         UserError: a name, setting, stage or path is at fault.
     """
     subject = request.target()
-    if request.video is None:
+    if not request.videos:
         Dataset(request.data).existing(subject.name)
     config = resolve_config(request, subject)
     names = [stage.name for stage in stages]
@@ -134,12 +151,12 @@ def open_subject(request: RunRequest, subject: Subject, config: Config) -> None:
     """Make the subject's folder, register its source and record the settings. The caller holds the lock.
 
     Raises:
-        UserError: the video is missing or none, or the data folder cannot be written.
+        UserError: a video is missing or none, or the data folder cannot be written.
     """
-    from pipeline.source import register_source
-
-    if request.video is not None:
-        register_source(subject, request.video)
+    if request.videos:
+        register_source(subject, request.videos, request.like)
+    elif request.like is not None:
+        register_photo(subject, request.like)
     write_json(subject.root / RUN_RECORD, {"schema": 1, "config": config.model_dump(mode="json")})
 
 
@@ -184,19 +201,55 @@ def nothing_to_do(request: RunRequest, stages: Sequence[Stage]) -> list[State] |
     It also refuses a bad source before anything is started or made for it.
 
     Raises:
-        UserError: as `prepare`, or the video is at fault.
+        UserError: as `prepare` and `check_input`.
     """
     subject, config, wanted = prepare(request, stages)
-    if request.video is not None:
-        from pipeline.source import check_source, is_registered
-
-        if not is_registered(subject, request.video):
-            check_source(request.video)
-            return None
+    if not check_input(request, subject):
+        return None
     if request.first is not None or not subject.report.is_file() or subject.running():
         return None
     states = inspect_stages(subject, wanted, config)
     return states if all(state.name == "fresh" for state in states) else None
+
+
+def check_input(request: RunRequest, subject: Subject) -> bool:
+    """Refuse bad videos and a bad photograph; whether all of them are part of the subject already. Reads only.
+
+    Raises:
+        UserError: a video or the photograph is at fault, or no face recognition model is there for the photograph.
+    """
+    known = not request.videos or is_registered(subject, request.videos)
+    if not known:
+        check_sources(request.videos)
+    if request.like is None or (known and has_photo(subject, sha256_file(request.like))):
+        return known
+    from pipeline.recognition import check_photo
+
+    check_photo(request.like)
+    return False
+
+
+def check_captures_first(request: RunRequest, subject: Subject, reporter: Reporter) -> None:
+    """Judge videos that are new to the subject before anything is done with them: say what to film again.
+
+    Raises:
+        UserError: no avatar can come of them; `RunRequest.check` switches the whole check off.
+    """
+    if not request.check or not request.videos or is_registered(subject, request.videos):
+        return
+    from pipeline import capture_check
+
+    started = time.monotonic()
+    findings = [finding for video in request.videos for finding in capture_check.check_capture(video)]
+    for finding in findings:
+        if finding.fix and finding.level != "blocked":
+            reporter.message(f"capture check: {finding.what} -> {finding.fix}")
+    reporter.message(f"capture check: {time.monotonic() - started:.1f} s")
+    blocked = [finding for finding in findings if finding.level == "blocked"]
+    if blocked:
+        raise UserError(
+            f"The capture check says: {blocked[0].what}.", f"{blocked[0].fix}; to run all the same: --no-check"
+        )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Decode: from the source to the frames of one usable span.
+"""Decode: from the clips of the source to the frames of their shots.
 
-Two streaming passes. The first measures each frame in a few numbers: cuts, black frames and bars, repeats. The second
-writes what is kept. Neither holds more than a frame, so memory does not grow with the clip.
+Two streaming passes over each clip. The first measures each frame in a few numbers: cuts, black frames and bars,
+repeats. The second writes what is kept. Neither holds more than a frame, so memory does not grow with the clip.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import DecodeConfig
-from pipeline.dataset import write_json
+from pipeline.dataset import write_atomic, write_json
 from pipeline.errors import UserError
 from pipeline.frames import SCHEMA, contact_sheet, counted, evenly, frame_file, save_image
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
-    from pipeline.video import Frame
+    from pipeline.video import Frame, VideoInfo
 
 CUT_CHANGE = 0.5
 """Share of a colour histogram that changes at a cut; true cuts are seen at 0.9 and more, fast motion below 0.1."""
@@ -36,6 +35,10 @@ REPEAT_SHARE = 0.1
 REPEAT_LUMA = 2.0
 """... and nowhere by more than this many grey values, which is what encoding alone does."""
 THUMBNAIL = 128
+MIN_FRAMES = 5
+"""From fewer there is nothing to track."""
+CLIP_GAP_SECONDS = 1.0
+"""On the common clock a clip begins so long after the end of the one before."""
 GOOD_FRAMES, GOOD_SIDE = 60, 256
 
 
@@ -59,69 +62,135 @@ class Survey:
     """What could not be decoded, in words."""
 
 
+@dataclass
+class Reading:
+    """One clip: what it is, what the first pass measured, and what of it is written."""
+
+    name: str
+    path: Path
+    information: VideoInfo
+    survey: Survey
+    kept: NDArray[np.int64]
+    """Source frames to write."""
+    repeated: int
+    """Frames left out as repeated."""
+    offset: float
+    """What is added to the clip's times, in seconds."""
+    bars: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Black bars at the left, top, right and bottom, in source pixels."""
+    scale: float = 1.0
+    """Pixels of a frame per pixel of the source."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole source picture at this scale."""
+        return round(self.information.width * self.scale), round(self.information.height * self.scale)
+
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """Rows and columns of that picture within the bars."""
+        left, top, right, bottom = self.bars
+        width, height = self.information.width, self.information.height
+        return (
+            slice(math.ceil(top * self.scale), math.floor((height - bottom) * self.scale)),
+            slice(math.ceil(left * self.scale), math.floor((width - right) * self.scale)),
+        )
+
+    @property
+    def content(self) -> tuple[int, int]:
+        """Width and height of what is written."""
+        rows, columns = self.inside
+        width, height = self.size
+        return min(columns.stop, width) - columns.start, min(rows.stop, height) - rows.start
+
+
 def decode(run: StageRun) -> Result:
     """Write `frames/`, `frames.json` and a contact sheet.
 
     Raises:
-        UserError: nothing in the source decodes, or the span asked for holds no picture.
+        UserError: nothing in a clip decodes, too few frames are left, or the span asked for holds no picture.
     """
-    from pipeline.source import source_path
-    from pipeline.video import probe
-
     config = run.config.decode
-    path = source_path(run.subject)
-    information = probe(path)
-    survey = _load_survey(run.scratch) or _survey(run, path, information.frames)
-    span = choose_span(survey, config)
-    kept, repeated = choose_frames(survey, span, config)
-    shots = np.unique(survey.shot[kept])
-    bars = black_bars(survey.rows[shots].max(axis=0), survey.columns[shots].max(axis=0))
-    entries = _write_frames(run, path, kept, bars, (information.width, information.height), survey.times)
-    rate = source_rate(survey.times, Fraction(information.fps))
-
-    warnings = [*information.warnings, *survey.damage]
-    if len(survey.times) < information.frames:
-        warnings.append(f"The header counts {information.frames} frames, {len(survey.times)} decode.")
-    if len(shots) > 1:
-        warnings.append(f"The span asked for holds {counted(len(shots) - 1, 'cut')}.")
-    width, height = entries[0]["size"]
-    record = {
-        "schema": SCHEMA,
-        "width": width,
-        "height": height,
-        "fps": str(rate),
-        "count": len(entries),
-        "frames": [{k: v for k, v in entry.items() if k != "size"} for entry in entries],
-        "bars": list(bars),
-        "source_size": [information.width, information.height],
-        "span": [int(kept[0]), int(kept[-1])],
-        "shots": [list(shot) for shot in shot_ranges(survey)],
-        "shot_seconds": [
-            [_cents(survey.times[first]), _cents(survey.times[last])] for first, last in shot_ranges(survey)
-        ],
-        "repeated": repeated,
-        "black": int(survey.black.sum()),
-        "warnings": warnings,
-    }
+    readings = _read_clips(run)
+    _thin(readings, config.max_frames)
+    count = sum(len(reading.kept) for reading in readings)
+    if count < MIN_FRAMES:
+        raise UserError(
+            f"Only {counted(count, 'frame')} of '{run.subject.name}' can be used; a head that moves needs at least "
+            f"{MIN_FRAMES}, and 10 s and more make a good avatar.",
+            "film longer, or name another video",
+        )
+    for reading in readings:
+        _measure_frame(reading, config.max_side_px)
+    entries = _write_frames(run, readings)
+    record = _record(readings, entries)
     write_json(run.work / "frames.json", record)
     _write_contact_sheet(run.work, entries)
     size = sum((run.work / entry["file"]).stat().st_size for entry in entries)
     metrics = {
         "frames": len(entries),
-        "source_frames": len(survey.times),
-        "seconds": round(float(survey.times[kept[-1]] - survey.times[kept[0]]), 3),
-        "width": width,
-        "height": height,
-        "shots": len(record["shots"]),
-        "repeated": repeated,
-        "black": record["black"],
+        "source_frames": sum(len(reading.survey.times) for reading in readings),
+        "seconds": round(sum(_kept_seconds(reading) for reading in readings), 3),
+        "width": record["width"],
+        "height": record["height"],
+        "clips": len(readings),
+        "shots": entries[-1]["shot"] + 1,
+        "repeated": sum(reading.repeated for reading in readings),
+        "black": sum(int(reading.survey.black.sum()) for reading in readings),
         "bytes_per_frame": size // len(entries),
     }
-    return Result(_verdict(record, survey, information.frames), metrics)
+    return Result(_verdict(record, readings), metrics)
+
+
+def _read_clips(run: StageRun) -> list[Reading]:
+    """Survey every clip and choose its frames."""
+    from pipeline.source import source_names, source_paths
+    from pipeline.video import probe
+
+    config = run.config.decode
+    paths = source_paths(run.subject)
+    if len(paths) > 1 and (config.start_seconds is not None or config.end_seconds is not None):
+        raise UserError(
+            f"decode.start_seconds and decode.end_seconds name a span of one clip; '{run.subject.name}' has "
+            f"{len(paths)} clips.",
+            "leave them out, or cut the clips beforehand",
+        )
+    readings: list[Reading] = []
+    offset = 0.0
+    for number, (name, path) in enumerate(zip(source_names(run.subject), paths, strict=True)):
+        information = probe(path)
+        saved = run.scratch / f"survey-{number}.npz"
+        survey = _load_survey(saved) or _survey(run, path, information.frames, saved)
+        try:
+            kept, repeated = choose_frames(survey, choose_span(survey, config), config)
+        except UserError as error:
+            raise UserError(f"{name}: {error.what}" if len(paths) > 1 else error.what, error.fix) from None
+        readings.append(Reading(name, path, information, survey, kept, repeated, offset))
+        offset += float(survey.times[-1]) + CLIP_GAP_SECONDS
+    return readings
+
+
+def _thin(readings: list[Reading], max_frames: int) -> None:
+    """Keep at most so many frames of all clips together, spread evenly."""
+    clip = np.repeat(np.arange(len(readings)), [len(reading.kept) for reading in readings])
+    frames = np.concatenate([reading.kept for reading in readings])
+    chosen = evenly(len(frames), max_frames)
+    for number, reading in enumerate(readings):
+        reading.kept = frames[chosen][clip[chosen] == number]
+
+
+def _measure_frame(reading: Reading, max_side_px: int) -> None:
+    """Find the clip's black bars over the shots that are kept, and its scale."""
+    shots = np.unique(reading.survey.shot[reading.kept])
+    if len(shots):
+        reading.bars = black_bars(reading.survey.rows[shots].max(axis=0), reading.survey.columns[shots].max(axis=0))
+    left, top, right, bottom = reading.bars
+    inner = reading.information.width - left - right, reading.information.height - top - bottom
+    reading.scale = min(1.0, max_side_px / max(inner))
 
 
 def choose_span(survey: Survey, config: DecodeConfig) -> NDArray[np.int64]:
-    """Source frames to choose from: those of the span asked for, else of the shot that lasts longest; none black.
+    """Source frames to choose from, none black: those of the span asked for, else of every shot that is long enough.
 
     Raises:
         UserError: there are none.
@@ -140,22 +209,24 @@ def choose_span(survey: Survey, config: DecodeConfig) -> NDArray[np.int64]:
         return span
     if not seen.any():
         raise UserError("Every frame of the video is black.", "choose another video")
-    lengths = [survey.times[last] - survey.times[first] for first, last in shot_ranges(survey)]
-    return np.flatnonzero(survey.shot == int(np.argmax(lengths)))
+    # A shot lasts until its last frame gives way to the next.
+    step = float(np.median(np.diff(survey.times))) if len(survey.times) > 1 else 0.0
+    lengths = np.array([survey.times[last] - survey.times[first] + step for first, last in shot_ranges(survey)])
+    long_enough = lengths >= min(config.min_shot_seconds, lengths.max()) - 1e-6
+    return np.flatnonzero(np.isin(survey.shot, np.flatnonzero(long_enough)))
 
 
 def choose_frames(survey: Survey, span: NDArray[np.int64], config: DecodeConfig) -> tuple[NDArray[np.int64], int]:
-    """The source frames to write, and how many of the span were left out as repeated.
+    """The source frames of one clip to keep, and how many of the span were left out as repeated.
 
-    A frame rate or count above the limits is thinned evenly over time.
+    A frame rate above the limit is thinned evenly over time.
     """
     repeated = repeated_frames(survey.motion) & config.drop_repeated
-    repeated[span[0]] = False
+    repeated[span[np.diff(survey.shot[span], prepend=-2) != 0]] = False
     kept = span[~repeated[span]]
     dropped = len(span) - len(kept)
     slot = np.floor((survey.times[kept] - survey.times[kept[0]]) * config.max_fps + 1e-3)
-    kept = kept[np.diff(slot, prepend=-1) > 0]
-    return kept[evenly(len(kept), config.max_frames)], dropped
+    return kept[np.diff(slot, prepend=-1) > 0], dropped
 
 
 def repeated_frames(motion: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -204,8 +275,8 @@ def source_rate(times: NDArray[np.float64], tagged: Fraction) -> Fraction:
     return tagged if abs(seen / float(tagged) - 1) < 0.02 else simple_rate(round(seen, 3))
 
 
-def _survey(run: StageRun, path: Path, promised: int) -> Survey:
-    """The first pass; its result is kept in the scratch folder for a resumed run."""
+def _survey(run: StageRun, path: Path, promised: int, file: Path) -> Survey:
+    """The first pass over a clip; its result is kept in a file of the scratch folder for a resumed run."""
     from pipeline.video import read_frames
 
     damage: list[str] = []
@@ -242,7 +313,7 @@ def _survey(run: StageRun, path: Path, promised: int) -> Survey:
         np.stack(columns) if columns else np.zeros((0, 0)),
         tuple(damage),
     )
-    _save_survey(run.scratch, survey)
+    _save_survey(file, survey)
     return survey
 
 
@@ -270,74 +341,120 @@ def _largest_change(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(np.abs(a - b).reshape(16, cell, 16, cell).mean(axis=(1, 3)).max())
 
 
-def _save_survey(folder: Path, survey: Survey) -> None:
+def _save_survey(file: Path, survey: Survey) -> None:
     buffer = io.BytesIO()
     arrays = {name: value for name, value in vars(survey).items() if name != "damage"}
     np.savez(buffer, damage=np.array(json.dumps(survey.damage)), **arrays)
-    temporary = folder / ".survey.npz"
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, folder / "survey.npz")
+    write_atomic(file, buffer.getvalue())
 
 
-def _load_survey(folder: Path) -> Survey | None:
-    if not (folder / "survey.npz").is_file():
+def _load_survey(file: Path) -> Survey | None:
+    if not file.is_file():
         return None
-    with np.load(folder / "survey.npz", allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    with np.load(file, allow_pickle=False) as saved:
+        arrays = {name: saved[name] for name in saved.files}
     damage = tuple(json.loads(str(arrays.pop("damage"))))
     return Survey(damage=damage, **arrays)
 
 
-def _write_frames(
-    run: StageRun,
-    path: Path,
-    kept: NDArray[np.int64],
-    bars: tuple[int, int, int, int],
-    source_size: tuple[int, int],
-    times: NDArray[np.float64],
-) -> list[dict[str, Any]]:
-    """The second pass: write the kept frames that are not there yet; return an entry of `frames.json` for each."""
+def _write_frames(run: StageRun, readings: list[Reading]) -> list[dict[str, Any]]:
+    """The second pass: write the kept frames that are not there yet; return an entry of `frames.json` for each.
+
+    All frames get one size, as wide as the widest clip and as high as the highest: a smaller picture is not enlarged
+    but padded with black at the right and at the bottom, which keeps its pixels and coordinates.
+    """
     import cv2
 
     from pipeline.video import read_frames
 
-    left, top, right, bottom = bars
-    width, height = source_size
-    shrink = min(1.0, run.config.decode.max_side_px / max(width - left - right, height - top - bottom))
-    size = (round(width * shrink), round(height * shrink))
-    inside = (
-        slice(int(np.ceil(top * shrink)), int(np.floor((height - bottom) * shrink))),
-        slice(int(np.ceil(left * shrink)), int(np.floor((width - right) * shrink))),
-    )
+    frame_width, frame_height = _frame_size(readings)
     (run.work / "frames").mkdir(exist_ok=True)
     entries: list[dict[str, Any]] = []
-    wanted = iter(kept.tolist())
-    following = next(wanted)
-    with run.reporter.task("decode", len(kept), "frames") as task:
-        for frame in read_frames(path, threads=run.threads):
-            if frame.index != following:
-                continue
-            run.check_stop()
-            image = np.ascontiguousarray(frame.rgb(*size)[inside])
-            name = frame_file(len(entries))
-            if not (run.work / name).exists():
-                save_image(run.work / name, image)
-            grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-            entries.append(
-                {
-                    "index": len(entries),
-                    "file": name,
-                    "time": round(float(times[frame.index]), 6),
-                    "source_frame": frame.index,
-                    "sharpness": round(float((cv2.Laplacian(grey, cv2.CV_32F) ** 2).mean()), 4),
-                    "size": (image.shape[1], image.shape[0]),
-                }
-            )
-            task.advance()
-            following = next(wanted, -1)
-            if following < 0:
-                break
+    shot, before = -1, (-1, -1)
+    with run.reporter.task("decode", sum(len(reading.kept) for reading in readings), "frames") as task:
+        for number, reading in enumerate(readings):
+            wanted = set(reading.kept.tolist())
+            for frame in read_frames(reading.path, threads=run.threads) if wanted else ():
+                if frame.index not in wanted:
+                    continue
+                run.check_stop()
+                picture = np.ascontiguousarray(frame.rgb(*reading.size)[reading.inside])
+                name = frame_file(len(entries))
+                if not (run.work / name).exists():
+                    right, bottom = frame_width - picture.shape[1], frame_height - picture.shape[0]
+                    padded = cv2.copyMakeBorder(picture, 0, bottom, 0, right, cv2.BORDER_CONSTANT)
+                    save_image(run.work / name, np.asarray(padded, np.uint8))
+                grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+                here = number, int(reading.survey.shot[frame.index])
+                shot += here != before
+                before = here
+                entries.append(
+                    {
+                        "index": len(entries),
+                        "file": name,
+                        "time": round(reading.offset + float(reading.survey.times[frame.index]), 6),
+                        "clip": number,
+                        "shot": shot,
+                        "source_frame": frame.index,
+                        "sharpness": round(float((cv2.Laplacian(grey, cv2.CV_32F) ** 2).mean()), 4),
+                    }
+                )
+                task.advance()
+                if frame.index == reading.kept[-1]:
+                    break
     return entries
+
+
+def _frame_size(readings: list[Reading]) -> tuple[int, int]:
+    """Width and height that hold the picture of every clip."""
+    widths, heights = zip(*(reading.content for reading in readings), strict=True)
+    return max(widths), max(heights)
+
+
+def _record(readings: list[Reading], entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """`frames.json`."""
+    clips, warnings = [], []
+    for reading in readings:
+        survey, information = reading.survey, reading.information
+        said = [*information.warnings, *survey.damage]
+        if len(survey.times) < information.frames:
+            said.append(f"The header counts {information.frames} frames, {len(survey.times)} decode.")
+        warnings += [f"{reading.name}: {text}" if len(readings) > 1 else text for text in said]
+        clips.append(
+            {
+                "name": reading.name,
+                "scale": round(reading.scale, 6),
+                "content": list(reading.content),
+                "fps": str(source_rate(survey.times, Fraction(information.fps))),
+                "source_size": [information.width, information.height],
+                "bars": list(reading.bars),
+                "shots": [list(shot) for shot in shot_ranges(survey)],
+                "shot_seconds": [
+                    [_cents(survey.times[first]), _cents(survey.times[last])] for first, last in shot_ranges(survey)
+                ],
+                "kept_shots": np.unique(survey.shot[reading.kept]).tolist(),
+                "repeated": reading.repeated,
+                "black": int(survey.black.sum()),
+            }
+        )
+    width, height = _frame_size(readings)
+    return {
+        "schema": SCHEMA,
+        "width": width,
+        "height": height,
+        "fps": clips[0]["fps"],
+        "count": len(entries),
+        "clips": clips,
+        "frames": entries,
+        "warnings": warnings,
+    }
+
+
+def _kept_seconds(reading: Reading) -> float:
+    """Time that the kept frames of a clip cover, without what lies between shots."""
+    shots = reading.survey.shot[reading.kept]
+    spans = [reading.kept[shots == shot] for shot in np.unique(shots)]
+    return sum(float(reading.survey.times[span[-1]] - reading.survey.times[span[0]]) for span in spans)
 
 
 def _write_contact_sheet(work: Path, entries: list[dict[str, Any]]) -> None:
@@ -353,29 +470,37 @@ def _cents(seconds: float) -> float:
     return math.ceil(round(seconds * 100, 4)) / 100
 
 
-def _verdict(record: dict[str, Any], survey: Survey, promised: int) -> Verdict:
-    count, total = record["count"], len(survey.times)
+def _verdict(record: dict[str, Any], readings: list[Reading]) -> Verdict:
+    count, total = record["count"], sum(len(reading.survey.times) for reading in readings)
     level: Level = "good"
     remarks = []
-    if survey.damage or total < 0.9 * promised:
-        level = "fair"
-        remarks.append(f"the file is damaged or cut off ({'; '.join(survey.damage) or f'{promised} frames promised'})")
-    if min(record["width"], record["height"]) < GOOD_SIDE:
+    for reading in readings:
+        promised = reading.information.frames
+        if reading.survey.damage or len(reading.survey.times) < 0.9 * promised:
+            level = "fair"
+            what = "; ".join(reading.survey.damage) or f"{promised} frames promised"
+            which = f"file '{reading.name}'" if len(readings) > 1 else "file"
+            remarks.append(f"the {which} is damaged or cut off ({what})")
+    smallest = min(min(reading.content) for reading in readings)
+    if smallest < GOOD_SIDE:
         level = "fair"
         remarks.append(f"under {GOOD_SIDE} pixels there is little detail to learn")
     if count < GOOD_FRAMES:
         level = "poor" if count < GOOD_FRAMES / 6 else "fair"
         remarks.append("that is short; 10 s and more make a better avatar")
-    shots = len(record["shots"])
     parts = [f"{count} of {total} frames, {record['width']}x{record['height']}"]
-    parts.append("one shot" if shots == 1 else f"{shots} shots, frames {record['span'][0]}-{record['span'][1]} taken")
+    if len(readings) > 1:
+        parts.append(f"{len(readings)} clips")
+    there, kept = (sum(len(clip[name]) for clip in record["clips"]) for name in ("shots", "kept_shots"))
+    parts.append("one shot" if there == 1 else f"{there} shots" if kept == there else f"{kept} of {there} shots")
     for name in ("repeated", "black"):
-        if record[name]:
-            parts.append(f"{counted(record[name], f'{name} frame')} left out")
-    if any(record["bars"]):
+        left_out = sum(clip[name] for clip in record["clips"])
+        if left_out:
+            parts.append(f"{counted(left_out, f'{name} frame')} left out")
+    if any(any(reading.bars) for reading in readings):
         parts.append("black bars cut")
     text = f"Decoding: {level}. {', '.join(parts)}"
     return Verdict(level, "; ".join([text, *remarks]) + ".", "contact.jpg")
 
 
-STAGE = Stage("decode", 1, (), decode, description="frames of the longest usable span")
+STAGE = Stage("decode", 2, (), decode, description="frames of every shot that is long enough")

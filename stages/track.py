@@ -1,16 +1,18 @@
 """Track: where the face is in each frame, its expression scores, and which frames to trust.
 
 MediaPipe looks at each frame for itself (its video mode lags behind fast motion); smoothing is done here, over time and
-in both directions. "Detected" says nothing of hands or of the frame's edge, so both are told separately.
+in both directions. "Detected" says nothing of hands or of the frame's edge, so both are told separately. Each shot is
+tracked for itself; which of its faces is the subject is told by `pipeline.recognition`.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +21,12 @@ from pipeline.assets import FACE_LANDMARKER, asset_path
 from pipeline.config import TrackConfig
 from pipeline.dataset import write_atomic
 from pipeline.errors import StageError
-from pipeline.faces import Detector, Face
+from pipeline.faces import FACE_OVAL, Detector, Face
 from pipeline.frames import FrameSet, contact_sheet, counted, evenly, ranges_text, save_image
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
+
+if TYPE_CHECKING:
+    from pipeline.recognition import Portrait, Recognizer
 
 CHUNK = 64
 """Frames whose detections are kept together for a resumed run."""
@@ -37,25 +42,49 @@ COVERED_ENTER, COVERED_LEAVE = 0.1, 0.08
 BLUR_SHARE = 0.4
 """A face with less than this share of the clip's usual detail is blurred."""
 SMALL_FACE_PX = 100
-FACE_OVAL = (
-    *(10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176),
-    *(149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109),
-)
+
+
+PORTRAIT_FRAMES = 5
+"""Frames from which a face is described."""
+How = Literal["longest", "number", "photograph"]
 
 
 @dataclass
 class Track:
-    """One face through the frames."""
+    """One face through the frames of a shot."""
 
     faces: dict[int, Face] = field(default_factory=dict)
     last: int = -1
+
+
+@dataclass
+class Subject:
+    """The person who is tracked, over all shots, and how this one was told."""
+
+    faces: dict[int, Face]
+    how: How
+    people: list[Face]
+    """The faces in the frame where most are seen at once, from the left: their numbers count from 1."""
+    counted_in: int
+    """That frame."""
+    person: int
+    """Number of the subject among them; 0 where it is not there."""
+    recognizer: str
+    """The face recognition model that compared faces; empty where none did."""
+    ranked: list[int] = field(default_factory=list)
+    """Shots with several faces, of which the one most alike was taken."""
+    others: list[int] = field(default_factory=list)
+    """Shots that show faces, but not the subject's."""
+    doubted: list[int] = field(default_factory=list)
+    """Clips in which the face that was taken may be somebody else's."""
 
 
 def track(run: StageRun) -> Result:
     """Write `track.npz` and a contact sheet.
 
     Raises:
-        StageError: no face is seen long enough, or the tracker cannot start.
+        StageError: no face is seen long enough, the person asked for is not there, or the tracker cannot start.
+        UserError: the photograph of the person, or a model to compare it with, is missing.
     """
     config = run.config.track
     frames = FrameSet.load(run.subject.stage("decode"))
@@ -63,31 +92,37 @@ def track(run: StageRun) -> Result:
     with Detector(model, config.max_faces, config.min_confidence) as detector:
         seen = _detect_all(run, frames, detector)
         names = detector.names
-    tracks = [t for t in link_faces(seen) if longest_run(np.array(sorted(t.faces))) >= config.min_run_frames]
+    lengths = np.bincount(frames.shots)
+    tracks = [
+        one
+        for one in link_faces(seen, frames.shots)
+        if longest_run(np.array(sorted(one.faces))) >= min(config.min_run_frames, lengths[frames.shots[one.last]])
+    ]
     if not tracks:
         raise _no_face(run, frames, sum(bool(faces) for faces in seen))
-    subject = _with_returns(max(tracks, key=lambda t: len(t.faces)), tracks)
-    arrays = _arrays(frames, subject, names, config)
+    subject = _find_subject(run, frames, tracks)
+    arrays = _arrays(frames, subject.faces, names, config)
     _judge(run, frames, arrays)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomic(run.work / "track.npz", buffer.getvalue())
-    _write_overlay(run.work / "overlay.jpg", frames, arrays)
-    return _result(frames, arrays, len(tracks) if len(tracks) > 1 else max(len(faces) for faces in seen))
+    _write_overlay(run.work / "overlay.jpg", frames, arrays, subject)
+    return _result(frames, arrays, subject, max(len(faces) for faces in seen))
 
 
-def link_faces(seen: list[list[Face]]) -> list[Track]:
+def link_faces(seen: list[list[Face]], shots: NDArray[np.int64]) -> list[Track]:
     """Join the faces of successive frames into tracks: nearest first, within half a face's size and a short gap.
 
     Args:
         seen: the faces of each frame.
+        shots: [T] number of each frame's shot; no track crosses a cut.
     """
     tracks: list[Track] = []
     for index, faces in enumerate(seen):
         pairs = []
         for number, known in enumerate(tracks):
             gap = index - known.last
-            if gap > LINK_GAP_FRAMES:
+            if gap > LINK_GAP_FRAMES or shots[known.last] != shots[index]:
                 continue
             old = known.faces[known.last].box
             for which, face in enumerate(faces):
@@ -103,6 +138,112 @@ def link_faces(seen: list[list[Face]]) -> list[Track]:
             if which not in taken:
                 tracks.append(Track({index: face}, index))
     return tracks
+
+
+class Portraits:
+    """Descriptions of the tracks' faces, each made when it is first asked for."""
+
+    def __init__(self, frames: FrameSet, recognizer: Recognizer | None) -> None:
+        self._frames, self.recognizer = frames, recognizer
+        self._made: dict[int, Portrait] = {}
+
+    def of(self, track: Track) -> Portrait:
+        """The description of a track's face, from frames that show it most from the front."""
+        from pipeline.recognition import portrait
+
+        if id(track) not in self._made:
+            indices = sorted(track.faces)
+            spread = [indices[place] for place in evenly(len(indices), 2 * PORTRAIT_FRAMES)]
+            frontal = sorted(spread, key=lambda index: -float(track.faces[index].pose[2, 2]))[:PORTRAIT_FRAMES]
+            samples = [(self._frames.picture(index), track.faces[index]) for index in sorted(frontal)]
+            self._made[id(track)] = portrait(samples, self.recognizer)
+        return self._made[id(track)]
+
+
+def _find_subject(run: StageRun, frames: FrameSet, tracks: list[Track]) -> Subject:
+    """Choose the person who is meant, and find this person in every shot.
+
+    Raises:
+        StageError: the person asked for is not there.
+        UserError: the photograph, or a model to compare it with, is missing.
+    """
+    from pipeline.recognition import different, find_recognizer, likeness, need_recognizer
+
+    config = run.config.track
+    by_shot = [[one for one in tracks if frames.shots[one.last] == shot] for shot in range(frames.shots[-1] + 1)]
+    in_view = np.bincount(np.concatenate([list(one.faces) for one in tracks]), minlength=len(frames))
+    counted_in = int(in_view.argmax())
+    present = sorted(
+        (t for t in tracks if counted_in in t.faces), key=lambda t: float(t.faces[counted_in].box[[0, 2]].sum())
+    )
+    needed = len(tracks) > 1 or config.like
+    recognizer = need_recognizer() if config.like else find_recognizer() if needed else None
+    portraits = Portraits(frames, recognizer)
+    how: How = "longest"
+    chosen = max(tracks, key=lambda one: len(one.faces))
+    if config.like:
+        how, chosen = "photograph", _most_like_photo(run, tracks, portraits)
+    elif config.person is not None:
+        if config.person > len(present):
+            raise _no_such_person(config, counted_in, len(present))
+        how, chosen = "number", present[config.person - 1]
+    subject = Subject(
+        {}, how, [one.faces[counted_in] for one in present], counted_in, 0, recognizer.name if recognizer else ""
+    )
+    home = int(frames.shots[chosen.last])
+    for shot, there in enumerate(by_shot):
+        if not there:
+            continue
+        first = chosen
+        if shot != home:
+            reference = portraits.of(chosen)
+            first = max(there, key=lambda one: likeness(reference, portraits.of(one)))
+            if different(reference, portraits.of(first)):
+                # A clip that is given is meant to show the subject; only a recognition model says for sure it does not.
+                same_clip = frames.clips[first.last] == frames.clips[chosen.last]
+                if same_clip or recognizer is not None:
+                    subject.others.append(shot)
+                    continue
+                subject.doubted.append(int(frames.clips[first.last]))
+            if len(there) > 1:
+                subject.ranked.append(shot)
+        subject.faces.update(_with_returns(first, there, portraits).faces)
+    subject.doubted = sorted(set(subject.doubted))
+    taken = subject.faces.get(counted_in)
+    subject.person = next((number for number, face in enumerate(subject.people, 1) if face is taken), 0)
+    return subject
+
+
+def _most_like_photo(run: StageRun, tracks: list[Track], portraits: Portraits) -> Track:
+    """The track whose face is most like the photograph's.
+
+    Raises:
+        StageError: none is like it.
+    """
+    from pipeline.recognition import SAME_EMBEDDING, photo_embedding
+    from pipeline.source import photo_path
+
+    assert portraits.recognizer is not None
+    wanted = photo_embedding(photo_path(run.subject, run.config.track.like), portraits.recognizer)
+    cosines = [float(wanted @ embedding) for one in tracks if (embedding := portraits.of(one).embedding) is not None]
+    best = int(np.argmax(cosines))
+    if cosines[best] < SAME_EMBEDDING:
+        raise StageError(
+            f"Nobody in '{run.subject.name}' looks like the photograph: the most alike of "
+            f"{counted(len(tracks), 'face')} reaches {cosines[best]:.2f}, {SAME_EMBEDDING} is needed.",
+            "give another photograph with --like, or choose with --person",
+        )
+    return tracks[best]
+
+
+def _no_such_person(config: TrackConfig, frame: int, people: int) -> StageError:
+    more = "" if people < config.max_faces else f"; to look for more faces: --set track.max_faces={2 * people}"
+    choices = "leave --person out" if people == 1 else f"choose from --person 1 to {people}, numbered from the left"
+    return StageError(
+        f"There is no person {config.person}: at most {counted(people, 'face')} at a time can be tracked, first in "
+        f"frame {frame}.",
+        choices + more,
+    )
 
 
 def longest_run(indices: NDArray[np.int64]) -> int:
@@ -169,34 +310,38 @@ def _detect_all(run: StageRun, frames: FrameSet, detector: Detector) -> list[lis
             if file.exists():
                 chunk, detector.names = _load_faces(file)
             else:
-                chunk = [detector.detect(frames.image(i)) for i in range(first, min(first + CHUNK, len(frames)))]
+                chunk = [detector.detect(frames.picture(i)) for i in range(first, min(first + CHUNK, len(frames)))]
                 _save_faces(file, chunk, detector.names)
             seen += chunk
             task.advance(len(chunk))
     if all(seen):
         return seen
-    if not any(seen):
-        _search_tiles(run, frames, detector, seen)
-    order = list(range(1, len(frames)))
-    for step, indices in ((1, order), (-1, order[::-1])):
-        for index in indices:
-            at, beside = (index, index - 1) if step > 0 else (index - 1, index)
-            if not seen[at] and seen[beside]:
-                run.check_stop()
-                seen[at] = _look_near(frames.image(at), seen[beside], detector)
+    for first, last in _ranges(frames.clips):
+        if not any(seen[first:last]):
+            _search_tiles(run, frames, detector, seen, range(first, last))
+    for first, last in _ranges(frames.shots):
+        order = range(first + 1, last)
+        for step, indices in ((1, order), (-1, order[::-1])):
+            for index in indices:
+                at, beside = (index, index - 1) if step > 0 else (index - 1, index)
+                if not seen[at] and seen[beside]:
+                    run.check_stop()
+                    seen[at] = _look_near(frames.picture(at), seen[beside], detector)
     return seen
 
 
-def _search_tiles(run: StageRun, frames: FrameSet, detector: Detector, seen: list[list[Face]]) -> None:
-    """Look for a face too small for the whole frame in overlapping halves and thirds of some frames."""
-    with run.reporter.task("track: small faces", len(evenly(len(frames), 24)), "frames") as task:
-        for index in evenly(len(frames), 24):
+def _search_tiles(run: StageRun, frames: FrameSet, detector: Detector, seen: list[list[Face]], clip: range) -> None:
+    """Look for a face too small for the whole frame in overlapping halves and thirds of some frames of a clip."""
+    chosen = [clip[place] for place in evenly(len(clip), 24)]
+    with run.reporter.task("track: small faces", len(chosen), "frames") as task:
+        for index in chosen:
             run.check_stop()
-            image = frames.image(index)
+            image = frames.picture(index)
+            height, width = image.shape[:2]
             for share in (2, 3):
-                side = math.ceil(max(frames.width, frames.height) / share)
-                tops = range(0, max(1, frames.height - side // 2), side // 2)
-                lefts = range(0, max(1, frames.width - side // 2), side // 2)
+                side = math.ceil(max(width, height) / share)
+                tops = range(0, max(1, height - side // 2), side // 2)
+                lefts = range(0, max(1, width - side // 2), side // 2)
                 tiles = [(left, top) for top in tops for left in lefts]
                 for left, top in tiles:
                     seen[index] = detector.detect(image[top : top + side, left : left + side], (left, top))
@@ -244,16 +389,31 @@ def _load_faces(file: Path) -> tuple[list[list[Face]], tuple[str, ...]]:
         return chunk, tuple(str(name) for name in data["names"])
 
 
-def _with_returns(subject: Track, tracks: list[Track]) -> Track:
-    """Add the tracks that look like the same face back again: never beside it in a frame, near its place and size."""
-    whole = Track(dict(subject.faces))
+def _with_returns(subject: Track, tracks: list[Track], portraits: Portraits) -> Track:
+    """Add the tracks of the same shot that are the same face back again, whether after a moment or after a while.
+
+    A face that is seen beside the subject is a rival: somebody else. Without rivals, what comes back near the place
+    it left is the subject, and elsewhere unless it is told to be somebody else. With rivals it must look like the
+    subject, and more so than like any of them.
+    """
+    from pipeline.recognition import different, likeness, same_recording
+
+    whole = Track(dict(subject.faces), subject.last)
+    rivals = [one for one in tracks if one is not subject and set(one.faces) & set(subject.faces)]
     for other in sorted(tracks, key=lambda t: -len(t.faces)):
         if other is subject or set(other.faces) & set(whole.faces):
             continue
         first = min(other.faces)
         nearest = min(whole.faces, key=lambda index: abs(index - first))
         distance, ratio = _apart(whole.faces[nearest].box, other.faces[first].box)
-        if distance < 1.0 and ratio < 1.4:
+        same = distance < 1.0 and ratio < 1.4
+        if rivals:
+            mine, its = portraits.of(subject), portraits.of(other)
+            closest = max(likeness(its, portraits.of(rival)) for rival in rivals)
+            same = (same or same_recording(mine, its)) and likeness(mine, its) > closest
+        elif not same:
+            same = not different(portraits.of(subject), portraits.of(other))
+        if same:
             whole.faces.update(other.faces)
     return whole
 
@@ -265,27 +425,36 @@ def _apart(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float
     return float(np.linalg.norm(centres[0] - centres[1])) / max(*sizes, 1e-6), max(sizes) / max(min(sizes), 1e-6)
 
 
-def _arrays(frames: FrameSet, subject: Track, names: tuple[str, ...], config: TrackConfig) -> dict[str, Any]:
-    """The arrays of `track.npz` but for the flags: raw, smoothed, gaps filled."""
-    count = len(frames)
+def _arrays(frames: FrameSet, faces: dict[int, Face], names: tuple[str, ...], config: TrackConfig) -> dict[str, Any]:
+    """The arrays of `track.npz` but for the flags: raw, smoothed within each shot, gaps filled."""
+    count, times = len(frames), frames.times
     detected = np.zeros(count, bool)
-    detected[list(subject.faces)] = True
-    detected &= ~short_runs(detected, config.min_run_frames)
+    detected[list(faces)] = True
+    shots = _ranges(frames.shots)
+    for first, last in shots:
+        detected[first:last] &= ~short_runs(detected[first:last], min(config.min_run_frames, last - first))
     raw = np.full((count, LANDMARKS, 3), np.nan, np.float32)
     scores = np.zeros((count, SCORES), np.float32)
     poses = np.tile(np.eye(4, dtype=np.float32), (count, 1, 1))
     for index in np.flatnonzero(detected):
-        face = subject.faces[int(index)]
+        face = faces[int(index)]
         raw[index], scores[index], poses[index] = face.landmarks, face.scores, face.pose
     # To OpenCV's camera axes and metres: y and z of MediaPipe's camera turn round, the face's own axes are ours.
     poses[:, 1:3] *= -1
     poses[:, :3, 3] *= CANONICAL_CM
-    known, times = np.flatnonzero(detected), frames.times
-    smoothed = smooth(raw, times, detected, config.smooth_seconds)
-    even_scores = np.clip(smooth(scores, times, detected, config.smooth_seconds), 0, 1)
-    before = np.clip(np.searchsorted(known, np.arange(count), side="right") - 1, 0, len(known) - 1)
-    after = np.clip(np.searchsorted(known, np.arange(count)), 0, len(known) - 1)
-    low, high = known[before], known[after]
+    smoothed, even_scores = raw.astype(np.float64), scores.astype(np.float64)
+    known = np.flatnonzero(detected)
+    low, high = np.empty(count, np.int64), np.empty(count, np.int64)
+    for first, last in shots:
+        rows = slice(first, last)
+        smoothed[rows] = smooth(raw[rows], times[rows], detected[rows], config.smooth_seconds)
+        even_scores[rows] = smooth(scores[rows], times[rows], detected[rows], config.smooth_seconds)
+        # A shot without the subject takes the nearest face of the shots around, so that every row holds numbers.
+        own = known[(known >= first) & (known < last)]
+        near = own if len(own) else known
+        at = np.arange(first, last)
+        low[rows] = near[np.clip(np.searchsorted(near, at, side="right") - 1, 0, len(near) - 1)]
+        high[rows] = near[np.clip(np.searchsorted(near, at), 0, len(near) - 1)]
     part = np.clip((times - times[low]) / np.maximum(times[high] - times[low], 1e-9), 0, 1)
     nearest = np.where(part < 0.5, low, high)
 
@@ -298,11 +467,13 @@ def _arrays(frames: FrameSet, subject: Track, names: tuple[str, ...], config: Tr
     return {
         "landmarks": landmarks,
         "landmarks_raw": raw,
-        "blendshapes": filled(even_scores),
+        "blendshapes": filled(np.clip(even_scores, 0, 1)),
         "blendshape_names": np.array(names, "U32"),
         "Ts_cam_face": poses[nearest],
         "detected": detected,
         "boxes": np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1),
+        "shots": frames.shots,
+        "clips": frames.clips,
     }
 
 
@@ -314,7 +485,7 @@ def _judge(run: StageRun, frames: FrameSet, arrays: dict[str, Any]) -> None:
 
     detected, landmarks = arrays["detected"], arrays["landmarks"]
     oval = landmarks[:, FACE_OVAL, :2]
-    outside = ((oval < 0) | (oval > [frames.width, frames.height])).any(axis=2).mean(axis=1)
+    outside = ((oval < 0) | (oval > frames.contents[:, None])).any(axis=2).mean(axis=1)
     rotations = arrays["Ts_cam_face"][:, :3, :3].astype(np.float64)
     centred = landmarks - landmarks.mean(axis=1, keepdims=True)
     # The face's axes have y up and z forward, the picture's y down and z away.
@@ -327,21 +498,32 @@ def _judge(run: StageRun, frames: FrameSet, arrays: dict[str, Any]) -> None:
     detail = np.zeros(len(frames))
     for index in np.flatnonzero(detected):
         run.check_stop()
-        grey = cv2.cvtColor(frames.image(int(index)), cv2.COLOR_RGB2GRAY)
+        grey = cv2.cvtColor(frames.picture(int(index)), cv2.COLOR_RGB2GRAY)
         values[index], visible[index] = sample_face(grey, landmarks[index], layout)
         detail[index] = _detail(grey, arrays["boxes"][index])
     covered = np.zeros(len(frames))
-    covered[detected] = covered_share(
-        values[detected], visible[detected], layout, arrays["blendshapes"][detected], rotations[detected]
-    )
-    # A few odd frames are not an occlusion, and one clear frame does not end it.
-    steady = np.array([np.median(covered[max(0, i - 2) : i + 3]) for i in range(len(covered))])
-    occluded = detected & hysteresis(steady, COVERED_ENTER, COVERED_LEAVE)
-    arrays["occluded"] = occluded & ~short_runs(occluded, run.config.track.min_run_frames)
+    occluded = np.zeros(len(frames), bool)
+    for first, last in _ranges(frames.shots):
+        # Light and framing change at a cut, so that each shot is judged by itself.
+        seen = first + np.flatnonzero(detected[first:last])
+        if not len(seen):
+            continue
+        covered[seen] = covered_share(values[seen], visible[seen], layout, arrays["blendshapes"][seen], rotations[seen])
+        shot = covered[first:last]
+        # A few odd frames are not an occlusion, and one clear frame does not end it.
+        steady = np.array([np.median(shot[max(0, i - 2) : i + 3]) for i in range(len(shot))])
+        flags = detected[first:last] & hysteresis(steady, COVERED_ENTER, COVERED_LEAVE)
+        occluded[first:last] = flags & ~short_runs(flags, run.config.track.min_run_frames)
+    arrays["occluded"] = occluded
     arrays["off_frame"] = detected & (outside > OFF_FRAME_SHARE)
     clear = detected & ~arrays["occluded"] & ~arrays["off_frame"]
-    usual = np.median(detail[clear if clear.any() else detected])
-    arrays["blurred"] = detected & (detail < BLUR_SHARE * usual)
+    arrays["blurred"] = np.zeros(len(frames), bool)
+    for first, last in _ranges(frames.clips):
+        there = detected[first:last]
+        if there.any():
+            plain = clear[first:last]
+            usual = np.median(detail[first:last][plain if plain.any() else there])
+            arrays["blurred"][first:last] = there & (detail[first:last] < BLUR_SHARE * usual)
     arrays["usable"] = clear
     arrays["confidence"] = np.where(detected, (1 - covered) * (1 - outside), 0).astype(np.float32)
 
@@ -365,37 +547,32 @@ def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(first), int(last)) for first, last in zip(edges[::2], edges[1::2], strict=True)]
 
 
+def _ranges(numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Half-open ranges of equal numbers, in order: the frames of each shot or clip."""
+    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+    return list(itertools.pairwise(edges))
+
+
 def _no_face(run: StageRun, frames: FrameSet, seen: int) -> StageError:
     first, last = frames.times[0], frames.times[-1]
     where = f"the {len(frames)} frames of '{run.subject.name}' ({first:.1f} to {last:.1f} s of the video)"
     least = run.config.track.min_run_frames
     what = f"A face is seen in only {seen} of {where}, never in {least} in a row." if seen else f"No face in {where}."
-    numbers = (frames.source_frames[0], frames.source_frames[-1])
-    others = [
-        seconds
-        for (start, end), seconds in zip(frames.record["shots"], frames.record["shot_seconds"], strict=True)
-        if end < numbers[0] or start > numbers[1]
-    ]
-    if others:
-        start, end = max(others, key=lambda seconds: seconds[1] - seconds[0])
-        return StageError(
-            what,
-            f"the video has {counted(len(others), 'other shot')}; take the longest of them with "
-            f"--set decode.start_seconds={start:g} --set decode.end_seconds={end:g}",
-        )
     return StageError(
         what, "film one person who faces the camera, in good light, the face at least 100 pixels wide, and run that"
     )
 
 
-def _write_overlay(path: Path, frames: FrameSet, arrays: dict[str, Any]) -> None:
-    """A contact sheet with the landmarks drawn: green where usable, red where not."""
+def _write_overlay(path: Path, frames: FrameSet, arrays: dict[str, Any], subject: Subject) -> None:
+    """A contact sheet with the landmarks drawn: green where usable, red where not; first the people's numbers."""
     import cv2
 
-    detected = np.flatnonzero(arrays["detected"])
-    shown = [int(detected[place]) for place in evenly(len(detected), 8)]
     images, labels = [], []
-    for index in shown:
+    if len(subject.people) > 1:
+        images.append(_numbered(frames.image(subject.counted_in), subject))
+        labels.append(f"{subject.counted_in} numbers for --person")
+    detected = np.flatnonzero(arrays["detected"])
+    for index in detected[evenly(len(detected), 8 - len(images))].tolist():
         image = frames.image(index)
         colour = (0, 255, 0) if arrays["usable"][index] else (255, 40, 40)
         radius = max(1, round(max(image.shape) / 500))
@@ -407,25 +584,45 @@ def _write_overlay(path: Path, frames: FrameSet, arrays: dict[str, Any]) -> None
     save_image(path, contact_sheet(images, labels), 90)
 
 
-def _result(frames: FrameSet, arrays: dict[str, Any], faces: int) -> Result:
+def _numbered(image: NDArray[np.uint8], subject: Subject) -> NDArray[np.uint8]:
+    """A frame with a box and its number on every face, the subject's in green."""
+    import cv2
+
+    line = max(2, round(max(image.shape) / 250))
+    for number, face in enumerate(subject.people, 1):
+        colour = (0, 255, 0) if number == subject.person else (255, 200, 0)
+        x0, y0, x1, y1 = (round(float(edge)) for edge in face.box)
+        cv2.rectangle(image, (x0, y0), (x1, y1), colour, line)
+        size = max(0.6, (y1 - y0) / 60)
+        cv2.putText(image, str(number), (x0 + line, y1 - line), cv2.FONT_HERSHEY_SIMPLEX, size, colour, 2 * line)
+    return image
+
+
+def _result(frames: FrameSet, arrays: dict[str, Any], subject: Subject, faces: int) -> Result:
     count, usable = len(frames), int(arrays["usable"].sum())
     width = float(np.median((arrays["boxes"][:, 2] - arrays["boxes"][:, 0])[arrays["detected"]]))
     raw, even = arrays["landmarks_raw"][arrays["detected"]], arrays["landmarks"][arrays["detected"]]
     jitter = float(np.median(np.linalg.norm((raw - even)[..., :2], axis=-1)))
-    share = usable / count
+    shots = int(frames.shots[-1]) + 1
+    shown = np.unique(frames.shots[arrays["detected"]])
+    in_shown = np.isin(frames.shots, shown)
+    share = usable / int(in_shown.sum())
     level: Level = "good" if share >= 0.9 and width >= SMALL_FACE_PX else "fair" if share >= 0.4 else "poor"
     parts = [f"{usable} of {count} frames usable, face {width:.0f} px wide, jitter {jitter:.2f} px"]
-    missing = ~arrays["detected"]
     for name, flags in (
-        ("no face", missing),
+        ("no face", in_shown & ~arrays["detected"]),
         ("occluded", arrays["occluded"]),
         ("off-frame", arrays["off_frame"]),
         ("blurred", arrays["blurred"]),
     ):
         if flags.any():
             parts.append(f"{name}: {ranges_text(flags)}")
-    if faces > 1:
-        parts.append(f"{faces} faces were seen, the one that is there longest was taken")
+    if len(shown) < shots:
+        elsewhere = ranges_text(~in_shown)
+        parts.append(f"the subject is in {len(shown)} of {shots} shots, not in {elsewhere}")
+    parts += _told(frames, subject)
+    if subject.doubted and level == "good":
+        level = "fair"
     if width < SMALL_FACE_PX:
         parts.append(f"under {SMALL_FACE_PX} px a face shows little detail, film closer")
     metrics = {
@@ -436,12 +633,44 @@ def _result(frames: FrameSet, arrays: dict[str, Any], faces: int) -> Result:
         "off_frame": int(arrays["off_frame"].sum()),
         "blurred": int(arrays["blurred"].sum()),
         "faces": faces,
+        "person": subject.person,
+        "people": len(subject.people),
+        "chosen_by": subject.how,
+        "recognition": subject.recognizer or None,
+        "shots": shots,
+        "shots_with_subject": len(shown),
         "face_width_px": round(width, 1),
         "jitter_px": round(jitter, 3),
     }
     return Result(Verdict(level, f"Tracking: {level}. {'; '.join(parts)}.", "overlay.jpg"), metrics)
 
 
+def _told(frames: FrameSet, subject: Subject) -> list[str]:
+    """How the subject was told from others, in words; nothing where nobody else is seen."""
+    parts = []
+    people = len(subject.people)
+    how = {
+        "longest": "who is there longest",
+        "number": "as asked for",
+        "photograph": "by the photograph",
+    }[subject.how]
+    if people > 1:
+        taken = f"person {subject.person} was taken" if subject.person else "the one taken is none of them"
+        numbered = f"{people} faces are in view, numbered from the left in frame {subject.counted_in}"
+        parts.append(f"{numbered}: {taken}, {how}; choose with --person")
+    elif subject.how == "photograph":
+        parts.append("the person was told by the photograph")
+    by = f"by {subject.recognizer}" if subject.recognizer else "by colours and proportions alone"
+    if subject.ranked:
+        parts.append(f"of several faces in {counted(len(subject.ranked), 'shot')} the one most alike was taken, {by}")
+    if subject.others:
+        parts.append(f"{counted(len(subject.others), 'shot')} with somebody else left out, told {by}")
+    for clip in subject.doubted:
+        name = frames.clip_names[clip] if frames.clip_names else f"{clip}"
+        parts.append(f"clip '{name}' may show another person, look at the picture; it is used all the same")
+    return parts
+
+
 STAGE = Stage(
-    "track", 1, ("decode",), track, assets=(FACE_LANDMARKER,), description="landmarks, expression scores and flags"
+    "track", 2, ("decode",), track, assets=(FACE_LANDMARKER,), description="landmarks, expression scores and flags"
 )

@@ -33,25 +33,39 @@ def empty_room() -> Image:
     return np.stack([90 + x / 9, 120 + y / 9, 150 - x / 12], axis=-1).astype(np.uint8)
 
 
-def decoded_subject(root: Path, images: list[Image], fps: float = 30, shots: list[list[int]] | None = None) -> Subject:
-    """A subject whose decode stage holds these images."""
+def decoded_subject(
+    root: Path,
+    images: list[Image],
+    fps: float = 30,
+    shots: list[int] | None = None,
+    clips: list[int] | None = None,
+    contents: list[tuple[int, int]] | None = None,
+) -> Subject:
+    """A subject whose decode stage holds these images; shots and clips number them, by default all 0.
+
+    Args:
+        contents: width and height of each clip's picture, by default the images' size.
+    """
     subject = Subject(root)
     folder = subject.stage("decode")
     (folder / "frames").mkdir(parents=True)
     entries = []
+    shots, clips = shots or [0] * len(images), clips or [0] * len(images)
+    height, width = images[0].shape[:2]
     for index, image in enumerate(images):
         save_image(folder / frame_file(index), image)
         entries.append(
             {
                 "index": index,
                 "file": frame_file(index),
-                "time": index / fps,
+                "time": index / fps + clips[index],
+                "clip": clips[index],
+                "shot": shots[index],
                 "source_frame": index,
                 "sharpness": 1.0,
             }
         )
-    height, width = images[0].shape[:2]
-    shots = shots or [[0, len(images) - 1]]
+    sizes = contents or [(width, height)] * (clips[-1] + 1)
     record = {
         "schema": SCHEMA,
         "width": width,
@@ -59,8 +73,7 @@ def decoded_subject(root: Path, images: list[Image], fps: float = 30, shots: lis
         "fps": str(fps),
         "count": len(images),
         "frames": entries,
-        "shots": shots,
-        "shot_seconds": [[first / fps, last / fps] for first, last in shots],
+        "clips": [{"name": f"{number}.mp4", "scale": 1.0, "content": list(size)} for number, size in enumerate(sizes)],
     }
     write_json(folder / "frames.json", record)
     return subject

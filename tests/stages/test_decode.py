@@ -1,4 +1,4 @@
-"""Decode keeps the longest shot's frames, once each, without bars and black, in flat memory, and resumes."""
+"""Decode keeps the frames of every shot, once each, without bars and black, in flat memory, and resumes."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def subject(tmp_path: Path) -> Subject:
     return subject
 
 
-def decoded(subject: Subject, source: Path, **settings: Any) -> tuple[FrameSet, dict[str, Any]]:
-    register_source(subject, source)
+def decoded(subject: Subject, *sources: Path, **settings: Any) -> tuple[FrameSet, dict[str, Any]]:
+    register_source(subject, sources)
     manifest = run_stage(subject, decode.STAGE, [decode.STAGE], Config(decode=DecodeConfig(**settings)))
     return FrameSet.load(subject.stage("decode")), manifest
 
 
-def clip(folder: Path, images: list[Image], fps: float = 25, crf: int = 12) -> Path:
-    write_video(folder / "clip.mp4", images, fps, crf=crf)
-    return folder / "clip.mp4"
+def clip(folder: Path, images: list[Image], fps: float = 25, crf: int = 12, name: str = "clip.mp4") -> Path:
+    write_video(folder / name, images, fps, crf=crf)
+    return folder / name
 
 
 def test_frames_are_written_as_they_are(tmp_path: Path, subject: Subject) -> None:
@@ -97,7 +97,7 @@ def test_black_frames_and_bars_are_cut(tmp_path: Path, subject: Subject) -> None
         images.append(framed)
     frames, manifest = decoded(subject, clip(tmp_path, [black, black, *images, black]))
     assert frames.source_frames.tolist() == list(range(2, 22))
-    left, top, right, bottom = frames.record["bars"]
+    left, top, right, bottom = frames.record["clips"][0]["bars"]
     assert all(abs(found - true) <= 2 for found, true in zip((left, top, right, bottom), (8, 12, 8, 10), strict=True))
     assert (frames.width, frames.height) == (120 - left - right, 90 - top - bottom)
     assert frames.image(5)[[0, -1]].mean() > 20
@@ -105,19 +105,67 @@ def test_black_frames_and_bars_are_cut(tmp_path: Path, subject: Subject) -> None
     assert "3 black frames left out, black bars cut" in manifest["verdict"]["text"]
 
 
-def test_the_longest_shot_is_taken_and_another_on_demand(tmp_path: Path, subject: Subject) -> None:
-    images = [*moving(15, seed=1), *moving(40, seed=2), *moving(12, seed=3)]
+def test_every_shot_of_a_second_is_kept_and_others_on_demand(tmp_path: Path, subject: Subject) -> None:
+    images = [*moving(30, seed=1), *moving(12, seed=3), *moving(40, seed=2)]
     path = clip(tmp_path, images)
     frames, manifest = decoded(subject, path)
-    assert frames.record["shots"] == [[0, 14], [15, 54], [55, 66]]
-    assert frames.record["span"] == [15, 54]
-    assert "3 shots, frames 15-54 taken" in manifest["verdict"]["text"]
-    start, end = frames.record["shot_seconds"][2]
+    about = frames.record["clips"][0]
+    assert about["shots"] == [[0, 29], [30, 41], [42, 81]]
+    assert about["kept_shots"] == [0, 2]
+    assert frames.source_frames.tolist() == [*range(30), *range(42, 82)]
+    assert frames.shots.tolist() == [0] * 30 + [1] * 40
+    assert not frames.clips.any()
+    assert "2 of 3 shots" in manifest["verdict"]["text"]
+    assert manifest["metrics"]["shots"] == 2
+    frames, _ = decoded(subject, path, min_shot_seconds=0)
+    assert frames.shots.tolist() == [0] * 30 + [1] * 12 + [2] * 40
+    frames, _ = decoded(subject, path, min_shot_seconds=9)
+    assert frames.source_frames.tolist() == [*range(42, 82)], "where none is so long, the longest"
+    start, end = about["shot_seconds"][1]
     frames, _ = decoded(subject, path, start_seconds=start, end_seconds=end)
-    assert frames.record["span"] == [55, 66]
-    frames, _ = decoded(subject, path, start_seconds=0.0, end_seconds=1.0)
-    assert frames.record["span"] == [0, 25]
-    assert frames.record["warnings"] == ["The span asked for holds 1 cut."]
+    assert frames.source_frames.tolist() == [*range(30, 42)]
+    frames, _ = decoded(subject, path, start_seconds=1.0, end_seconds=2.0)
+    assert frames.source_frames.tolist() == [*range(25, 51)]
+    assert frames.shots.tolist() == [0] * 5 + [1] * 12 + [2] * 9
+
+
+def test_clips_of_other_rates_and_sizes_become_one_set(tmp_path: Path, subject: Subject) -> None:
+    wide, small = moving(30, seed=1, size=(160, 90)), moving(26, seed=2, size=(80, 120))
+    first, second = clip(tmp_path, wide, 30, name="wide.mp4"), clip(tmp_path, small, 25, name="small.mp4")
+    frames, manifest = decoded(subject, first, second)
+    assert (frames.width, frames.height, frames.fps) == (160, 120, Fraction(30))
+    assert frames.clip_names == ("wide.mp4", "small.mp4")
+    assert frames.clips.tolist() == frames.shots.tolist() == [0] * 30 + [1] * 26
+    assert frames.contents[[0, 29, 30, 55]].tolist() == [[160, 90]] * 2 + [[80, 120]] * 2
+    assert frames.source_frames[[29, 30]].tolist() == [29, 0]
+    np.testing.assert_allclose(frames.times[[29, 30, 31]], [29 / 30, 29 / 30 + 1, 29 / 30 + 1.04], atol=1e-3)
+    assert frames.image(40).shape == (120, 160, 3)
+    assert frames.image(40)[:, 90:].max() < 8, "padding is black"
+    assert np.abs(frames.picture(40).astype(float) - small[10]).mean() < 3
+    assert "56 of 56 frames, 160x120, 2 clips, 2 shots" in manifest["verdict"]["text"]
+    frames, _ = decoded(subject, first, second, max_side_px=80)
+    assert [about["content"] for about in frames.record["clips"]] == [[80, 45], [53, 80]]
+    assert [about["scale"] for about in frames.record["clips"]] == [0.5, pytest.approx(2 / 3, abs=1e-6)]
+    frames, _ = decoded(subject, first, second, max_frames=20)
+    assert np.bincount(frames.clips).tolist() == [11, 9]
+    frames, _ = decoded(subject, second, first)
+    assert frames.contents[0].tolist() == [80, 120], "the order is the user's"
+    with pytest.raises(UserError, match="name a span of one clip; 'ada' has 2 clips"):
+        decoded(subject, first, second, start_seconds=0.2)
+
+
+def test_a_clip_that_is_all_black_is_named(tmp_path: Path, subject: Subject) -> None:
+    black = clip(tmp_path, [np.zeros((90, 120, 3), np.uint8)] * 30, name="night.mp4")
+    with pytest.raises(UserError, match=r"night\.mp4: Every frame of the video is black"):
+        decoded(subject, clip(tmp_path, moving(30)), black)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_clip_of_hardly_any_frames_is_refused_in_words(tmp_path: Path, subject: Subject, count: int) -> None:
+    with pytest.raises(UserError) as caught:
+        decoded(subject, clip(tmp_path, moving(count)))
+    noun = "frame" if count == 1 else "frames"
+    assert caught.value.what.startswith(f"Only {count} {noun} of 'ada' can be used; a head that moves needs at least 5")
 
 
 def test_limits_thin_evenly(tmp_path: Path, subject: Subject) -> None:
@@ -170,7 +218,7 @@ def test_nothing_to_see_is_refused_in_words(tmp_path: Path, subject: Subject) ->
 def test_a_stopped_run_resumes_to_the_same_bytes(
     tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register_source(subject, clip(tmp_path, moving(30)))
+    register_source(subject, [clip(tmp_path, moving(30))])
     config, calls = Config(), [0]
 
     def stop() -> bool:
@@ -227,6 +275,10 @@ def test_frames_json_is_checked_at_the_border(tmp_path: Path, subject: Subject) 
     refused("width, height, fps or count do not fit", count=5)
     refused("a file lies outside", frames=[{**good["frames"][0], "file": "../../secret.jpg"}], count=1)
     refused("the times do not increase", frames=[*good["frames"][:-1], {**good["frames"][-1], "time": 0}])
+    refused("the shots do not count", frames=[{**entry, "shot": 2} for entry in good["frames"]])
+    refused("the clips do not count", frames=[{**entry, "clip": 1} for entry in good["frames"]])
+    refused("a shot reaches over two clips", frames=_with(good["frames"], 6, clip=1), clips=2 * good["clips"])
+    refused("content does not fit", clips=[{**good["clips"][0], "content": [120, 91]}])
     refused("the indices do not count", frames=good["frames"][1:], count=11)
     path.write_text("{")
     with pytest.raises(UserError, match="Cannot read"):
@@ -236,3 +288,8 @@ def test_frames_json_is_checked_at_the_border(tmp_path: Path, subject: Subject) 
     (subject.stage("decode") / frames.files[3]).write_bytes(b"")
     with pytest.raises(UserError, match="is not an image that can be read"):
         frames.image(3)
+
+
+def _with(entries: list[dict[str, Any]], first: int, **changes: Any) -> list[dict[str, Any]]:
+    """Entries with changes from one on."""
+    return [*entries[:first], *({**entry, **changes} for entry in entries[first:])]

@@ -30,8 +30,16 @@ def model() -> None:
     asset_path("face_landmarker")
 
 
-def tracked(folder: Path, images: list[Image], **settings: Any) -> tuple[Result, dict[str, NDArray[Any]]]:
-    subject = decoded_subject(folder / "ada", images)
+def tracked(
+    folder: Path,
+    images: list[Image],
+    shots: list[int] | None = None,
+    clips: list[int] | None = None,
+    contents: list[tuple[int, int]] | None = None,
+    **settings: Any,
+) -> tuple[Result, dict[str, NDArray[Any]]]:
+    folder.mkdir(exist_ok=True)
+    subject = decoded_subject(folder / "ada", images, shots=shots, clips=clips, contents=contents)
     run = stage_run(subject, folder / "work", Config(track=TrackConfig(**settings)))
     result = track.track(run)
     with np.load(run.work / "track.npz", allow_pickle=False) as file:
@@ -56,6 +64,8 @@ def test_one_face_in_every_frame(tmp_path: Path) -> None:
         "blurred": ("b", (count,)),
         "usable": ("b", (count,)),
         "boxes": ("f", (count, 4)),
+        "shots": ("i", (count,)),
+        "clips": ("i", (count,)),
     }
     assert arrays["usable"].all()
     assert arrays["blendshape_names"][[0, -1]].tolist() == ["browDownLeft", "tongueOut"]
@@ -76,7 +86,7 @@ def test_one_face_in_every_frame(tmp_path: Path) -> None:
 def test_the_sample_clips_hands_are_named(tmp_path: Path) -> None:
     subject = Dataset(tmp_path).subject("sample")
     subject.work.mkdir(parents=True)
-    register_source(subject, asset_path("sample_clip"))
+    register_source(subject, [asset_path("sample_clip")])
     stages, config = [decode.STAGE, track.STAGE], Config(decode=DecodeConfig(max_fps=12))
     run_stage(subject, decode.STAGE, stages, config)
     manifest = run_stage(subject, track.STAGE, stages, config)
@@ -145,8 +155,16 @@ def test_of_two_people_the_one_who_stays_is_taken(tmp_path: Path) -> None:
     result, arrays = tracked(tmp_path, images)
     assert arrays["detected"].all()
     assert (arrays["boxes"][:, 0] > 640).all()
-    assert "2 faces were seen, the one that is there longest was taken" in result.verdict.text
-    assert result.metrics["faces"] == 2
+    assert (
+        "2 faces are in view, numbered from the left in frame 0: person 2 was taken, who is there longest; "
+        "choose with --person" in result.verdict.text
+    )
+    assert {name: result.metrics[name] for name in ("faces", "people", "person", "chosen_by")} == {
+        "faces": 2,
+        "people": 2,
+        "person": 2,
+        "chosen_by": "longest",
+    }
 
 
 def test_a_small_face_is_found_in_crops(tmp_path: Path) -> None:
@@ -175,16 +193,6 @@ def test_a_face_for_three_frames_only_is_too_little(tmp_path: Path) -> None:
         tracked(tmp_path, images)
     assert caught.value.what == (
         "A face is seen in only 3 of the 19 frames of 'ada' (0.0 to 0.6 s of the video), never in 5 in a row."
-    )
-
-
-def test_without_a_face_the_other_shots_are_named(tmp_path: Path) -> None:
-    subject = decoded_subject(tmp_path / "ada", [empty_room()] * 6, shots=[[0, 5], [6, 65], [66, 80]])
-    with pytest.raises(StageError) as caught:
-        track.track(stage_run(subject, tmp_path / "work"))
-    assert caught.value.fix == (
-        "the video has 2 other shots; take the longest of them with "
-        "--set decode.start_seconds=0.2 --set decode.end_seconds=2.16667"
     )
 
 
@@ -254,14 +262,17 @@ def face_at(x: float, y: float, size: float = 50) -> Face:
 
 def test_faces_that_cross_are_not_swapped() -> None:
     seen = [[face_at(100 + 8 * i, 100), face_at(300 - 8 * i, 190)] for i in range(26)]
-    tracks = track.link_faces(seen)
+    tracks = track.link_faces(seen, np.zeros(26, np.int64))
     assert [len(t.faces) for t in tracks] == [26, 26]
     assert tracks[0].faces[25].box[0] == pytest.approx(275)
 
 
 def test_a_short_gap_is_bridged_and_a_jump_is_not() -> None:
     seen = [[face_at(100, 100)] if not 4 <= i < 9 else [] for i in range(20)] + [[face_at(400, 100)]] * 5
-    assert [len(t.faces) for t in track.link_faces(seen)] == [15, 5]
+    shots = np.zeros(25, np.int64)
+    assert [len(t.faces) for t in track.link_faces(seen, shots)] == [15, 5]
+    shots[10:] = 1
+    assert [len(t.faces) for t in track.link_faces(seen, shots)] == [5, 10, 5], "nor is a cut"
 
 
 @pytest.mark.parametrize(
