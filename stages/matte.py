@@ -53,7 +53,7 @@ def run(run: StageRun) -> Result:
     frames = FrameSet.load(run.subject.stage("decode"))
     landmarks, present = _faces(run, len(frames))
     network = Network(run, frames)
-    padding = _choose_padding(run, network, present)
+    padding = _choose_padding(run, network, present, frames.shots)
     started = time.monotonic()
     wanted = [int(i) for i in np.flatnonzero(present)]
     fresh = sum(not network.known(i, padding) for i in wanted)
@@ -62,8 +62,10 @@ def run(run: StageRun) -> Result:
     (run.work / "alpha").mkdir(exist_ok=True)
     jitter = Jitter()
     shares, lost = [], np.zeros(len(frames), bool)
-    for index, steady in enumerate(_steadied(run, network, padding, present, (frames.height, frames.width))):
+    for index, steady in enumerate(_steadied(run, network, padding, present, frames)):
         alpha = steady
+        if index and frames.shots[index] != frames.shots[index - 1]:
+            jitter.add(None)
         if present[index]:
             hull = _face_hull(landmarks[index], steady.shape)
             inside = steady[hull > 0]
@@ -118,7 +120,7 @@ class Network:
 
     def fill(self, present: NDArray[np.bool_], padding: float) -> None:
         """Have an alpha ready for every frame with the person: the network's at key frames, between them flow's."""
-        keys = key_frames(present, self._run.config.matte.key_every)
+        keys = key_frames(present, self._frames.shots, self._run.config.matte.key_every)
         between = sorted(set(np.flatnonzero(present).tolist()) - set(keys))
         missing = [[i for i in group if not self.known(i, padding)] for group in (keys, between)]
         count, left = len(keys) + len(between), sum(map(len, missing))
@@ -204,11 +206,14 @@ def _u2net(session: Any, image: Image) -> Image:
     return np.asarray(np.clip(cv2.resize(answer, size, interpolation=cv2.INTER_CUBIC), 0, 1) * 255 + 0.5, np.uint8)
 
 
-def key_frames(present: NDArray[np.bool_], every: int) -> list[int]:
-    """The frames that the network sees: every few of each run of frames with the person in them, ends included."""
+def key_frames(present: NDArray[np.bool_], shots: NDArray[np.int64], every: int) -> list[int]:
+    """The frames that the network sees: every few of each run of frames with the person in them, ends included.
+
+    A cut ends a run: `shots` [T] numbers the shots.
+    """
     keys: list[int] = []
     frames = np.flatnonzero(present)
-    for stretch in np.split(frames, np.flatnonzero(np.diff(frames) > 1) + 1):
+    for stretch in np.split(frames, np.flatnonzero((np.diff(frames) > 1) | (np.diff(shots[frames]) != 0)) + 1):
         if len(stretch):
             keys += sorted({*stretch[::every].tolist(), int(stretch[-1])})
     return keys
@@ -313,10 +318,10 @@ def _face_hull(landmarks: NDArray[np.float32], shape: tuple[int, ...]) -> Image:
     return hull
 
 
-def _choose_padding(run: StageRun, network: Network, present: NDArray[np.bool_]) -> float:
+def _choose_padding(run: StageRun, network: Network, present: NDArray[np.bool_], shots: NDArray[np.int64]) -> float:
     """The border that flickers less on a few places of this clip: the configured one or none."""
     padding = run.config.matte.padding
-    middles = np.flatnonzero(present[1:-1] & present[:-2] & present[2:]) + 1
+    middles = np.flatnonzero(present[1:-1] & present[:-2] & present[2:] & (shots[:-2] == shots[2:])) + 1
     if padding == 0 or not len(middles):
         return padding
     places = [int(middles[place]) for place in evenly(len(middles), PROBES)]
@@ -334,9 +339,9 @@ def _choose_padding(run: StageRun, network: Network, present: NDArray[np.bool_])
 
 
 def _steadied(
-    run: StageRun, network: Network, padding: float, present: NDArray[np.bool_], shape: tuple[int, int]
+    run: StageRun, network: Network, padding: float, present: NDArray[np.bool_], frames: FrameSet
 ) -> Iterator[Image]:
-    """Alpha of every frame as the median over its neighbours; 0 where the person is not found.
+    """Alpha of every frame as the median over its neighbours in its shot; 0 where the person is not found.
 
     A median keeps an edge that moves steadily where it is, and drops what is there for a moment only.
     """
@@ -344,11 +349,12 @@ def _steadied(
     window: dict[int, Image] = {}
     for index in range(len(present)):
         if not present[index]:
-            yield np.zeros(shape, np.uint8)
+            yield np.zeros((frames.height, frames.width), np.uint8)
             continue
         reach = 0
         while reach < half and index - reach > 0 and index + reach + 1 < len(present):
-            if not (present[index - reach - 1] and present[index + reach + 1]):
+            before, after = index - reach - 1, index + reach + 1
+            if not (present[before] and present[after] and frames.shots[before] == frames.shots[after]):
                 break
             reach += 1
         near = range(index - reach, index + reach + 1)

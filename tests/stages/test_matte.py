@@ -171,17 +171,20 @@ def test_where_both_sides_disagree_the_network_is_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("present", "every", "keys"),
+    ("present", "shots", "every", "keys"),
     [
-        ([1] * 7, 2, [0, 2, 4, 6]),
-        ([1] * 6, 2, [0, 2, 4, 5]),
-        ([0, 1, 1, 1, 1, 0, 1, 0, 1, 1], 3, [1, 4, 6, 8, 9]),
-        ([0, 0], 2, []),
-        ([1] * 4, 1, [0, 1, 2, 3]),
+        ([1] * 7, [0] * 7, 2, [0, 2, 4, 6]),
+        ([1] * 6, [0] * 6, 2, [0, 2, 4, 5]),
+        ([0, 1, 1, 1, 1, 0, 1, 0, 1, 1], [0] * 10, 3, [1, 4, 6, 8, 9]),
+        ([0, 0], [0] * 2, 2, []),
+        ([1] * 4, [0] * 4, 1, [0, 1, 2, 3]),
+        ([1] * 8, [0] * 4 + [1] * 4, 3, [0, 3, 4, 7]),
     ],
 )
-def test_key_frames_hold_the_ends_of_every_run(present: list[int], every: int, keys: list[int]) -> None:
-    assert matte.key_frames(np.array(present, bool), every) == keys
+def test_key_frames_hold_the_ends_of_every_run(
+    present: list[int], shots: list[int], every: int, keys: list[int]
+) -> None:
+    assert matte.key_frames(np.array(present, bool), np.array(shots), every) == keys
 
 
 def test_only_what_hangs_together_with_the_face_is_kept() -> None:
