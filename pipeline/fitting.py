@@ -1,9 +1,11 @@
-"""Fit a head model to a whole clip of landmarks: focal length, identity, and every frame's pose, expression and gaze.
+"""Fit a head model to a subject's landmarks: focal lengths, identity, and every frame's pose, expression and gaze.
 
-The fit goes in three phases, each a sequence of damped Gauss-Newton steps (Nocedal & Wright, Numerical Optimization,
-2006, ch. 10) with box constraints by active sets (Bertsekas, "Projected Newton methods", 1982):
+A subject comes in clips, each with a focal length of its own, and clips in shots; identity is one over all of them, and
+what is smooth over time is so within a shot. The fit goes in three phases, each a sequence of damped Gauss-Newton steps
+(Nocedal & Wright, Numerical Optimization, 2006, ch. 10) with box constraints by active sets (Bertsekas, "Projected
+Newton methods", 1982):
 
-- *subject*: focal length, identity and landmark offsets, together with pose and expression of frames chosen to spread
+- *subject*: focal lengths, identity and landmark offsets, together with pose and expression of frames chosen to spread
   over both. Frames meet in the subject's unknowns only, so each frame is eliminated by its own small system (Schur
   complement).
 - *motion*: pose and expression of every frame for that subject, smooth over time. Only neighbours meet, so the system
@@ -72,6 +74,7 @@ ACCELERATION = {"rotation": 20.0, "translation": 3.0, "expression": 300.0, "gaze
 SUBJECT_FRAMES = 60
 CHUNK = 64
 ACTIVE_SET_ROUNDS = 4
+LEAST_CURVATURE = 1e-6  # of a frame's unknowns: where a whole shot shows nothing, they stay as they are
 MAX_DAMPINGS = 8
 SUBJECT_ITERATIONS = 8
 MOTION_ITERATIONS = 4
@@ -181,10 +184,14 @@ def closed_lids(
 
 @dataclass(frozen=True)
 class Observations:
-    """What a clip of T frames shows."""
+    """What T frames of C clips show."""
 
     times: Floats
     """[T] seconds, rising."""
+    shots: NDArray[np.int64]
+    """[T] the shot of each frame, rising from 0."""
+    clips: NDArray[np.int64]
+    """[T] the clip of each frame, below C."""
     landmarks: Floats
     """[T, L, 3] x and y in pixels, and MediaPipe's z; rows of frames without weight are not read."""
     scores: Floats
@@ -193,9 +200,10 @@ class Observations:
     """[E] expected error of the guess."""
     weights: Floats
     """[T] trust in a frame: 1 usable, 0 nothing seen."""
-    width: int
-    height: int
-    focal_prior_px: float
+    sizes: Floats
+    """[C, 2] width and height of each clip's picture."""
+    focal_priors_px: Floats
+    """[C] expected focal lengths."""
 
     @classmethod
     def of(
@@ -206,10 +214,12 @@ class Observations:
         expression_names: Sequence[str],
         detected: NDArray[np.bool_],
         usable: NDArray[np.bool_],
-        size: tuple[int, int],
+        sizes: NDArray[np.int64],
         focal_ratio: float,
+        shots: NDArray[np.int64] | None = None,
+        clips: NDArray[np.int64] | None = None,
     ) -> Observations:
-        """A clip as a fit sees it.
+        """A subject's frames as a fit sees them.
 
         Args:
             times: [T] seconds.
@@ -218,10 +228,13 @@ class Observations:
             expression_names: the head model's.
             detected: [T] frames with a face; the values of others are not read.
             usable: [T] frames to trust; needs at least one.
-            size: width and height of the frames.
+            sizes: [C, 2] width and height of each clip's picture.
             focal_ratio: expected focal length in units of the longer side.
+            shots, clips: [T] each frame's; one shot of one clip if None.
         """
         usable = usable & detected
+        shots = np.zeros(len(times), np.int64) if shots is None else shots
+        clips = np.zeros(len(times), np.int64) if clips is None else clips
         names = list(expression_names)
         # Each score has a resting level of its own on every face.
         guess = np.clip(scores - np.percentile(scores[usable], 5, axis=0), 0, 1)
@@ -232,15 +245,21 @@ class Observations:
         for name, (lids, corners) in EYELIDS.items():
             guess[:, names.index(name)] = closed_lids(landmarks, lids, corners, usable)
             sigma[names.index(name)] = BLINK
-        seen = np.flatnonzero(detected)
-        guess = np.stack([np.interp(times, times[seen], column[seen]) for column in guess.T], 1)
+        for shot in np.unique(shots):
+            rows = np.flatnonzero(shots == shot)
+            seen = rows[detected[rows]]
+            known = guess[seen] if len(seen) else np.zeros((1, len(names)))
+            at = times[seen] if len(seen) else times[:1]
+            guess[rows] = np.stack([np.interp(times[rows], at, column) for column in known.T], 1)
         weights = np.where(usable, 1.0, np.where(detected, UNUSABLE_WEIGHT, 0.0))
-        return cls(times, landmarks, guess, sigma, weights, *size, focal_ratio * max(size))
+        return cls(
+            times, shots, clips, landmarks, guess, sigma, weights, sizes.astype(np.float64), focal_ratio * sizes.max(1)
+        )
 
     @property
-    def centre(self) -> Floats:
-        """[2] principal point: the middle of the frame."""
-        return np.array([self.width / 2, self.height / 2])
+    def centres(self) -> Floats:
+        """[T, 2] principal points: the middle of each frame's picture."""
+        return self.sizes[self.clips] / 2
 
 
 @dataclass(frozen=True)
@@ -250,7 +269,8 @@ class FitState:
     phase: Phase
     iteration: int
     damping: float
-    focal_px: float
+    focals_px: Floats
+    """[C] focal length of each clip."""
     depth_scale: float
     """MediaPipe's z per pixel of depth."""
     identity: Floats
@@ -288,8 +308,13 @@ class FitState:
         return np.concatenate([self.gaze, np.zeros_like(self.gaze[..., :1])], -1)
 
     def intrinsics(self, observations: Observations) -> Floats:
-        """`K` [3, 3] of the frames."""
-        return make_intrinsics(self.focal_px, observations.width, observations.height)
+        """`Ks` [T, 3, 3] of the frames."""
+        pairs = zip(self.focals_px, observations.sizes, strict=True)
+        return np.stack([make_intrinsics(focal, *size) for focal, size in pairs])[observations.clips]
+
+    def focals(self, observations: Observations, frames: NDArray[np.int64]) -> Floats:
+        """[n] focal length of each of these frames."""
+        return self.focals_px[observations.clips[frames]]
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a reader sees the old one or this one."""
@@ -315,11 +340,11 @@ def fit_head(
     state: FitState | None = None,
     on_iteration: Callable[[FitState], None] = lambda state: None,
 ) -> FitState:
-    """Fit the head to the clip.
+    """Fit the head to all frames.
 
     Args:
         head: the model at its landmarks.
-        observations: the clip; some frames need weight 1.
+        observations: the frames; some frames need weight 1.
         state: where to continue; from the start if None.
         on_iteration: gets the state after every iteration, to save it and to show progress.
     """
@@ -349,18 +374,21 @@ def initial_state(head: LandmarkHead, observations: Observations) -> FitState:
     mirror[:, 2] = np.sign(np.linalg.det(U @ Vt))
     rotations = (U * mirror[:, None]) @ Vt
     scale = (D * mirror).sum(1) / np.square(model - model_mean).sum((1, 2))
-    depth = observations.focal_prior_px / scale
+    depth = observations.focal_priors_px[observations.clips[seen]] / scale
     turned_mean = (rotations @ model_mean[:, 0, :, None])[..., 0]
-    xy = (image_mean[:, 0, :2] - observations.centre) / scale[:, None]
+    xy = (image_mean[:, 0, :2] - observations.centres[seen]) / scale[:, None]
     translations = np.concatenate([xy, depth[:, None]], 1) - turned_mean
 
-    nearest = seen[np.abs(np.arange(len(observations.times))[:, None] - seen).argmin(1)]
+    index = np.arange(len(observations.times))
+    # Of its own shot, if it has any.
+    other_shot = observations.shots[:, None] != observations.shots[seen]
+    nearest = seen[(np.abs(index[:, None] - seen) + len(index) * other_shot).argmin(1)]
     take = np.searchsorted(seen, nearest)
     return FitState(
         phase="subject",
         iteration=0,
         damping=1e-3,
-        focal_px=observations.focal_prior_px,
+        focals_px=observations.focal_priors_px,
         depth_scale=1.0,
         identity=np.zeros(len(head.identity)),
         offsets=offsets,
@@ -415,7 +443,7 @@ def _linearise(head: LandmarkHead, observations: Observations, state: FitState, 
     size = np.linalg.norm(parts.residuals, axis=2)
     robust = np.sqrt(np.minimum(1, HUBER / np.maximum(size, 1e-12)))[..., None]
     x, y, z = np.moveaxis(parts.cam, 2, 0)
-    focal, zero = state.focal_px, np.zeros_like(x)
+    focal, zero = state.focals(observations, frames)[:, None], np.zeros_like(x)
     whitened = robust * parts.whitening
     by_cam = np.stack(
         [
@@ -463,14 +491,16 @@ def _face_residuals(
     points = head.points(state.identity, state.offsets, state.expression[frames])[:, face]
     turned = points @ np.swapaxes(state.rotations[frames], 1, 2)
     cam = turned + state.translations[frames, None]
-    px_per_m = state.focal_px / state.translations[frames, 2]
+    focal = state.focals(observations, frames)
+    px_per_m = focal / state.translations[frames, 2]
     error_m = np.broadcast_to(NOISE_SHARE * head.error_m[face, None], (*cam.shape[1:2], 3)).copy()
     error_m[:, 2] = DEPTH_M
     trust = np.sqrt(observations.weights[frames])
     whitening = (trust / px_per_m)[:, None, None] / error_m
     seen = np.where(trust[:, None, None] > 0, observations.landmarks[frames][:, face], head.mean[face])
     residuals = np.empty_like(cam)
-    residuals[..., :2] = state.focal_px * cam[..., :2] / cam[..., 2:] + observations.centre - seen[..., :2]
+    projected = focal[:, None, None] * cam[..., :2] / cam[..., 2:] + observations.centres[frames, None]
+    residuals[..., :2] = projected - seen[..., :2]
     depth = px_per_m[:, None] * turned[..., 2] - seen[..., 2] / state.depth_scale
     residuals[..., 2] = _without_plane(depth, seen)
     residuals = np.where(trust[:, None, None] > 0, residuals * whitening, 0)
@@ -614,7 +644,7 @@ class _BandedSystem:
             coupling = self.couplings[apart, : T - apart]
             g[:-apart] += coupling * given[apart:]
             g[apart:] += coupling * given[:-apart]
-        H = _damped(self.frames, damping)
+        H = _damped(self.frames, damping) + LEAST_CURVATURE * np.eye(P)
         lower = np.zeros((2 * P + 1, T * P))
         for p in range(P):
             lower[: P - p, p::P] = H[:, p:, p].T
@@ -645,19 +675,20 @@ def _step_subject(head: LandmarkHead, observations: Observations, state: FitStat
     """One step for the subject's unknowns and the chosen frames, then the best landmark offsets for it."""
     frames = spread_frames(observations, initial_state(head, observations), SUBJECT_FRAMES)
     state = replace(state, depth_scale=_depth_scale(head, observations, state, frames))
-    n, P, Q = len(frames), POSE + len(head.expression), 1 + len(head.identity)
+    C, S = len(observations.sizes), len(head.identity)
+    n, P, Q = len(frames), POSE + len(head.expression), C + S
 
     def apply(step: Floats) -> FitState:
         moved = _move_frames(state, frames, step[: n * P].reshape(n, P))
-        focal_px = state.focal_px * float(np.exp(step[n * P]))
-        return replace(moved, focal_px=focal_px, identity=state.identity + step[n * P + 1 :])
+        focals_px = state.focals_px * np.exp(step[n * P : n * P + C])
+        return replace(moved, focals_px=focals_px, identity=state.identity + step[n * P + C :])
 
     def cost(candidate: FitState) -> float:
         return _subject_cost(head, observations, candidate, frames)
 
     low, high = np.full(n * P + Q, -np.inf), np.full(n * P + Q, np.inf)
     low[: n * P], high[: n * P] = _frame_box(state, frames)
-    low[n * P + 1 :], high[n * P + 1 :] = head.identity_low - state.identity, head.identity_high - state.identity
+    low[n * P + C :], high[n * P + C :] = head.identity_low - state.identity, head.identity_high - state.identity
     state = _descend(_subject_system(head, observations, state, frames), low, high, state, apply, cost)
     state = _with_best_offsets(head, observations, state, frames)
     if state.iteration + 1 < SUBJECT_ITERATIONS:
@@ -669,9 +700,8 @@ def _step_motion(head: LandmarkHead, observations: Observations, state: FitState
     """One step for the pose and expression of every frame, the subject as it is."""
     frames = np.arange(len(observations.times))
     shape = len(frames), POSE + len(head.expression)
-    prior = MotionPrior.of(
-        observations.times, ("rotation", 3), ("translation", 3), ("expression", len(head.expression))
-    )
+    kinds = (("rotation", 3), ("translation", 3), ("expression", len(head.expression)))
+    prior = MotionPrior.of(observations.times, observations.shots, *kinds)
 
     def apply(step: Floats) -> FitState:
         return _move_frames(state, frames, step.reshape(shape))
@@ -697,8 +727,10 @@ def _step_motion(head: LandmarkHead, observations: Observations, state: FitState
 def _subject_system(
     head: LandmarkHead, observations: Observations, state: FitState, frames: NDArray[np.int64]
 ) -> _ArrowSystem:
-    """Normal equations of the chosen frames (n of P unknowns), log focal length and identity (together Q)."""
-    n, P, Q = len(frames), POSE + len(head.expression), 1 + len(head.identity)
+    """Normal equations of the chosen frames (n of P unknowns), log focal lengths and identity (together Q)."""
+    C, S = len(observations.sizes), len(head.identity)
+    n, P, Q = len(frames), POSE + len(head.expression), C + S
+    of_clip = np.eye(C)[observations.clips[frames]]
     shapes = head.identity[:, head.face].transpose(1, 2, 0)
     H_frames, g_frames, mixed = np.empty((n, P, P)), np.empty((n, P)), np.empty((n, P, Q))
     H_subject, g_subject = np.zeros((Q, Q)), np.zeros(Q)
@@ -706,23 +738,25 @@ def _subject_system(
         rows = slice(start, start + CHUNK)
         linear = _linearise(head, observations, state, frames[rows])
         H_frames[rows], g_frames[rows] = _frame_equations(linear)
-        by_subject = np.concatenate([linear.by_log_focal[..., None], linear.by_point @ shapes], -1)
+        by_focal = linear.by_log_focal[..., None] * of_clip[rows, None, None]
+        by_subject = np.concatenate([by_focal, linear.by_point @ shapes], -1)
         flat = by_subject.reshape(-1, Q)
         mixed[rows] = np.swapaxes(linear.by_frame_rows, 1, 2) @ by_subject.reshape(len(by_subject), -1, Q)
         g_subject += flat.T @ linear.residuals.reshape(-1)
-        H_subject[0] += linear.by_log_focal.reshape(-1) @ flat
+        H_subject[:C] += by_focal.reshape(-1, C).T @ flat
         # Identity moves points; summed over frames that leaves 3 x 3 numbers per landmark.
         information = np.einsum("nmki,nmkj->mij", linear.by_point, linear.by_point)
-        H_subject[1:, 1:] += shapes.reshape(-1, Q - 1).T @ (information @ shapes).reshape(-1, Q - 1)
-    H_subject[1:, 0] = H_subject[0, 1:]
+        H_subject[C:, C:] += shapes.reshape(-1, S).T @ (information @ shapes).reshape(-1, S)
+    H_subject[C:, :C] = H_subject[:C, C:].T
     _add_score_prior(observations, state, frames, H_frames, g_frames)
-    sigma = np.concatenate([[FOCAL_LOG], _identity_sigma(head)]) / np.sqrt(n)
-    from_prior = np.concatenate([[np.log(state.focal_px / observations.focal_prior_px)], state.identity])
+    counts = np.maximum(of_clip.sum(0), 1)
+    sigma = np.concatenate([FOCAL_LOG / np.sqrt(counts), _identity_sigma(head) / np.sqrt(n)])
+    from_prior = np.concatenate([np.log(state.focals_px / observations.focal_priors_px), state.identity])
     H_subject[np.diag_indices(Q)] += 1 / sigma**2
     g_subject += from_prior / sigma**2
     size = head.size / (SIZE / np.sqrt(n))
-    H_subject[1:, 1:] += np.outer(size, size)
-    g_subject[1:] += size * (size @ state.identity)
+    H_subject[C:, C:] += np.outer(size, size)
+    g_subject[C:] += size * (size @ state.identity)
     return _ArrowSystem(H_frames, mixed, H_subject, np.concatenate([g_frames.reshape(-1), g_subject]))
 
 
@@ -754,11 +788,12 @@ def _frame_box(state: FitState, frames: NDArray[np.int64]) -> tuple[Floats, Floa
 def _subject_cost(head: LandmarkHead, observations: Observations, state: FitState, frames: NDArray[np.int64]) -> float:
     score, _ = _score_prior(observations, state, frames)
     identity = state.identity / _identity_sigma(head)
-    focal = np.log(state.focal_px / observations.focal_prior_px) / FOCAL_LOG
+    counts = np.maximum(np.bincount(observations.clips[frames], minlength=len(observations.sizes)), 1)
+    focal = np.square(np.log(state.focals_px / observations.focal_priors_px) / FOCAL_LOG) @ counts
     offsets = state.offsets[:, head.face] / _offset_sigma(head)[..., None]
     size = head.size @ state.identity / SIZE
-    once = np.square(identity).sum() + size**2 + focal**2 + np.square(offsets).sum()
-    prior = 0.5 * (np.square(score).sum() + len(frames) * once)
+    once = np.square(identity).sum() + size**2 + np.square(offsets).sum()
+    prior = 0.5 * (np.square(score).sum() + focal + len(frames) * once)
     return _data_cost(head, observations, state, frames) + float(prior)
 
 
@@ -815,18 +850,20 @@ def _with_best_offsets(
 def _pose_other_frames(
     head: LandmarkHead, observations: Observations, state: FitState, frames: NDArray[np.int64]
 ) -> FitState:
-    """Scale the start depth of the frames that the subject phase left out to the found head and focal length."""
+    """Scale the start depth of the frames that the subject phase left out to the found head and focal lengths."""
     start = initial_state(head, observations)
-    ratio = np.median(state.translations[frames, 2] / start.translations[frames, 2])
-    others = np.setdiff1d(np.arange(len(observations.times)), frames)
+    every = np.arange(len(observations.times))
+    zoom = state.focals(observations, every) / start.focals(observations, every)
+    ratio = np.median(state.translations[frames, 2] / start.translations[frames, 2] / zoom[frames])
+    others = np.setdiff1d(every, frames)
     translations = state.translations.copy()
-    translations[others, 2] *= ratio
+    translations[others, 2] *= ratio * zoom[others]
     return replace(state, translations=translations)
 
 
 @dataclass(frozen=True)
 class MotionPrior:
-    """Speed and acceleration as white noise, in real time: quadratic in the increments between frames.
+    """Speed and acceleration as white noise, in real time: quadratic in the increments between frames of a shot.
 
     The energy is half the integral of squared speed and acceleration over their expected squares, sampled at
     `REFERENCE_HZ`, so that it does not depend on the frame rate and allows for uneven times.
@@ -841,14 +878,16 @@ class MotionPrior:
     """[P] expected speed and acceleration of each unknown."""
 
     @classmethod
-    def of(cls, times: Floats, *groups: tuple[str, int]) -> MotionPrior:
-        """The prior of unknowns that come as (kind, count) groups."""
+    def of(cls, times: Floats, shots: NDArray[np.int64], *groups: tuple[str, int]) -> MotionPrior:
+        """The prior of unknowns that come as (kind, count) groups, at `times` [T] in `shots` [T]."""
         step = np.diff(times)
         middle = (step[1:] + step[:-1]) / 2
         root = np.sqrt(middle * REFERENCE_HZ) / middle
         counts = [count for _, count in groups]
+        same_shot = np.diff(shots) == 0
+        root *= same_shot[1:] & same_shot[:-1]
         return cls(
-            speed=np.sqrt(step * REFERENCE_HZ) / step,
+            speed=np.sqrt(step * REFERENCE_HZ) / step * same_shot,
             difference=np.stack([-root / step[:-1], root / step[1:]], 1),
             speed_sigma=np.repeat([SPEED[kind] for kind, _ in groups], counts),
             acceleration_sigma=np.repeat([ACCELERATION[kind] for kind, _ in groups], counts),
@@ -901,10 +940,11 @@ def _step_gaze(head: LandmarkHead, observations: Observations, state: FitState) 
     T = len(observations.times)
     blink = state.expression[:, list(head.blink)]
     trust = np.sqrt(observations.weights[:, None] * np.square(1 - blink).clip(0.01, 1))
-    px_per_m = state.focal_px / state.translations[:, 2]
+    focal = state.focals(observations, np.arange(T))
+    px_per_m = focal / state.translations[:, 2]
     points = head.points(state.identity, state.offsets, np.zeros((1, len(head.expression))))[0]
     centres = head.eye_centres + np.tensordot(state.identity, head.eye_centres_identity, 1)
-    prior = MotionPrior.of(observations.times, ("gaze", 4))
+    prior = MotionPrior.of(observations.times, observations.shots, ("gaze", 4))
     seen = observations.weights > 0
 
     H, g = np.zeros((T, 4, 4)), np.zeros((T, 4))
@@ -915,9 +955,9 @@ def _step_gaze(head: LandmarkHead, observations: Observations, state: FitState) 
         R, cam = state.rotations, (centres[eye] + turned) @ np.swapaxes(state.rotations, 1, 2)
         cam = cam + state.translations[:, None]
         whitening = (trust[:, eye] / (px_per_m * NOISE_SHARE * head.error_m[iris].mean()))[:, None, None]
-        residuals = state.focal_px * cam[..., :2] / cam[..., 2:] + observations.centre
+        residuals = focal[:, None, None] * cam[..., :2] / cam[..., 2:] + observations.centres[:, None]
         residuals = np.where(seen[:, None, None], (residuals - observations.landmarks[:, iris, :2]) * whitening, 0)
-        by_point = whitening[..., None] * _projection_jacobian(state.focal_px, cam) @ R[:, None]
+        by_point = whitening[..., None] * _projection_jacobian(focal[:, None], cam) @ R[:, None]
         by_gaze = (-by_point @ skew(turned))[..., :2].reshape(T, -1, 2)
         columns = slice(2 * eye, 2 * eye + 2)
         H[:, columns, columns] = np.swapaxes(by_gaze, 1, 2) @ by_gaze
@@ -947,11 +987,12 @@ def _step_gaze(head: LandmarkHead, observations: Observations, state: FitState) 
     return state if state.iteration < GAZE_ITERATIONS else replace(state, phase="done", iteration=0)
 
 
-def _projection_jacobian(focal_px: float, cam: Floats) -> Floats:
-    """Derivatives [..., 2, 3] of pixels by camera-space points [..., 3]."""
+def _projection_jacobian(focal: Floats, cam: Floats) -> Floats:
+    """Derivatives [..., 2, 3] of pixels by camera-space points [..., 3], for focal lengths that broadcast to [...]."""
     x, y, z = np.moveaxis(cam, -1, 0)
     zero = np.zeros_like(x)
-    return focal_px * np.stack([np.stack([1 / z, zero, -x / z**2], -1), np.stack([zero, 1 / z, -y / z**2], -1)], -2)
+    rows = np.stack([focal / z, zero, -focal * x / z**2], -1), np.stack([zero, focal / z, -focal * y / z**2], -1)
+    return np.stack(rows, -2)
 
 
 _PHASES = {"subject": _step_subject, "motion": _step_motion, "gaze": _step_gaze}
@@ -961,7 +1002,8 @@ def reprojection_errors(head: LandmarkHead, observations: Observations, state: F
     """[T, L] distances in pixels between the fitted landmarks and those observed; NaN where nothing is seen."""
     points = posed_landmarks(head, state)
     cam = points @ np.swapaxes(state.rotations, 1, 2) + state.translations[:, None]
-    pixels = state.focal_px * cam[..., :2] / cam[..., 2:] + observations.centre
+    focal = state.focals(observations, np.arange(len(cam)))[:, None, None]
+    pixels = focal * cam[..., :2] / cam[..., 2:] + observations.centres[:, None]
     errors = np.linalg.norm(pixels - observations.landmarks[..., :2], axis=2)
     return np.where(observations.weights[:, None] > 0, errors, np.nan)
 
@@ -977,14 +1019,22 @@ def posed_landmarks(head: LandmarkHead, state: FitState) -> Floats:
     return points
 
 
-def torso_motion(times: Floats, rotations: Floats, weights: Floats) -> tuple[Floats, Floats]:
+def torso_motion(
+    times: Floats, rotations: Floats, weights: Floats, shots: NDArray[np.int64] | None = None
+) -> tuple[Floats, Floats]:
     """A guess at the torso's rotation [T, 3, 3] from the head's `rotations` [T, 3, 3], and the neck [T, 3] between.
 
-    Nothing here looks at the shoulders. The torso is taken to face where the head faces on average over the clip, and
-    to follow a `TORSO_SHARE` of the head's departures from it, as slowly as `TORSO_SECONDS`; it hangs on the neck's
-    pivot, the head frame's origin, which moves with the head.
+    Nothing here looks at the shoulders. The torso is taken to face where the head faces on average over a shot, and to
+    follow a `TORSO_SHARE` of the head's departures from it, as slowly as `TORSO_SECONDS`; it hangs on the neck's pivot,
+    the head frame's origin, which moves with the head.
     """
-    usable = weights == 1
+    if shots is not None:
+        torso = np.empty_like(rotations)
+        for shot in np.unique(shots):
+            rows = shots == shot
+            torso[rows] = torso_motion(times[rows], rotations[rows], weights[rows])[0]
+        return torso, matrix_to_rotvec(np.swapaxes(torso, 1, 2) @ rotations)
+    usable = weights == weights.max()
     U, _, Vt = np.linalg.svd(rotations[usable].mean(0))
     mean = U @ np.diag([1, 1, np.linalg.det(U @ Vt)]) @ Vt
     departure = matrix_to_rotvec(rotations @ mean.T)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.frames import FrameSet
     from pipeline.heads import HeadModel
 
-SCHEMA = 1
+SCHEMA = 2
 CHECKPOINT = "state.npz"
 MIN_FRAMES = 3
 GOOD_FRAMES = 30
@@ -71,8 +71,10 @@ def fit(run: StageRun) -> Result:
         head.expression_names,
         track.detected,
         track.usable,
-        (frames.width, frames.height),
+        frames.contents[_first_frames(frames)],
         settings.focal_prior,
+        frames.shots,
+        np.unique(frames.clips, return_inverse=True)[1],
     )
     landmark_head = reduce_to_landmarks(head)
     checkpoint = run.scratch / CHECKPOINT
@@ -93,16 +95,16 @@ def fit(run: StageRun) -> Result:
     errors = reprojection_errors(landmark_head, observations, state)
     started = time.monotonic()
     fitted = _Fitted(head, frames, track, observations, state, errors)
-    crop = _training_crop(run, fitted)
-    fitted = _with_torso(run, fitted, crop)
+    crops = _training_crops(run, fitted)
+    fitted = _with_torso(run, fitted, crops)
     seconds["torso"] = round(time.monotonic() - started, 2)
     started = time.monotonic()
-    _write_files(run, fitted, crop)
+    _write_files(run, fitted, crops)
     seconds["files"] = round(time.monotonic() - started, 2)
     started = time.monotonic()
     _draw(run, fitted)
     seconds["pictures"] = round(time.monotonic() - started, 2)
-    return _result(fitted, crop, seconds)
+    return _result(fitted, crops, seconds)
 
 
 def _read_track(run: StageRun, head: HeadModel, count: int) -> _Track:
@@ -149,7 +151,8 @@ class _Fitted:
     """Share of the frames in which the torso was followed for sure."""
 
     @cached_property
-    def K(self) -> NDArray[np.float64]:
+    def Ks(self) -> NDArray[np.float64]:
+        """[T, 3, 3]."""
         return self.state.intrinsics(self.observations)
 
     @cached_property
@@ -160,7 +163,8 @@ class _Fitted:
 
         if self.followed is not None:
             return self.followed
-        rotations = torso_motion(self.frames.times, self.state.rotations, self.observations.weights)[0]
+        seen = self.observations
+        rotations = torso_motion(seen.times, self.state.rotations, seen.weights, seen.shots)[0]
         return make_rigid(rotations, self.state.translations)
 
     @cached_property
@@ -210,59 +214,73 @@ class _Fitted:
             yield from transform_points(state.Ts_cam_head[rows], posed.numpy().astype(np.float64))
 
 
-def _training_crop(run: StageRun, fitted: _Fitted) -> tuple[int, int, int]:
-    """The square around the head over the whole clip."""
+def _training_crops(run: StageRun, fitted: _Fitted) -> list[tuple[int, int, int]]:
+    """The square around the head over each clip."""
     import numpy as np
 
     from pipeline.fitting import training_crop
     from pipeline.geometry import project_points
 
-    on_head = fitted.head.regions["head"]
-    boxes = []
-    for vertices in fitted.vertices_cam(np.flatnonzero(fitted.track.usable).tolist()):
-        pixels = project_points(vertices[on_head], fitted.K)
-        boxes.append([*pixels.min(0), *pixels.max(0)])
-    return training_crop(np.array(boxes), fitted.frames.width, fitted.frames.height, run.config.fit.crop_margin)
+    on_head, seen = fitted.head.regions["head"], fitted.observations
+    crops = []
+    for clip, (width, height) in enumerate(seen.sizes.astype(int).tolist()):
+        here = seen.clips == clip
+        # A clip without a frame to trust still needs a square.
+        rows = np.flatnonzero(here & fitted.track.usable if (here & fitted.track.usable).any() else here)
+        boxes = []
+        for K, vertices in zip(fitted.Ks[rows], fitted.vertices_cam(rows.tolist()), strict=True):
+            pixels = project_points(vertices[on_head], K)
+            boxes.append([*pixels.min(0), *pixels.max(0)])
+        crops.append(training_crop(np.array(boxes), width, height, run.config.fit.crop_margin))
+    return crops
 
 
-def _with_torso(run: StageRun, fitted: _Fitted, crop: tuple[int, int, int]) -> _Fitted:
-    """The fit with the torso where the frames show it; the guess stays where it is out of sight."""
+def _with_torso(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int]]) -> _Fitted:
+    """The fit with the torso where the frames show it, shot by shot; the guess stays where it is out of sight."""
     from dataclasses import replace
+
+    import numpy as np
 
     from pipeline.torso import follow_torso
 
-    with run.reporter.task("torso", len(fitted.frames), "frames") as task:
+    state, frames, seen = fitted.state, fitted.frames, fitted.observations
+    poses, trusted = fitted.Ts_cam_torso.copy(), np.zeros(len(frames), bool)
+    with run.reporter.task("torso", len(frames), "frames") as task:
 
         def on_frame() -> None:
             task.advance()
             run.check_stop()
 
-        poses, trusted = follow_torso(
-            fitted.frames.image,
-            fitted.own_head,
-            fitted.K,
-            crop,
-            fitted.state.Ts_cam_head,
-            fitted.Ts_cam_torso,
-            fitted.state.identity,
-            fitted.track.usable,
-            on_frame,
-        )
+        for shot in np.unique(seen.shots):
+            rows = np.flatnonzero(seen.shots == shot)
+            if not fitted.track.usable[rows].any():
+                continue
+            first = int(rows[0])
+            poses[rows], trusted[rows] = follow_torso(
+                lambda i, first=first: frames.image(first + i),  # type: ignore[misc]
+                fitted.own_head,
+                fitted.Ks[first],
+                crops[seen.clips[first]],
+                state.Ts_cam_head[rows],
+                poses[rows],
+                state.identity,
+                fitted.track.usable[rows],
+                on_frame,
+            )
     return replace(fitted, followed=poses, torso_share=float(trusted.mean()))
 
 
-def _write_files(run: StageRun, fitted: _Fitted, crop: tuple[int, int, int]) -> None:
+def _write_files(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int]]) -> None:
     """Write `fit.npz`, `cameras.json` and `neutral.obj`."""
     import numpy as np
 
     from pipeline.dataset import write_json
 
     state, frames, usable, head = fitted.state, fitted.frames, fitted.track.usable, fitted.head
-    T, offsets = len(frames), state.offsets.astype(np.float32)
+    offsets = state.offsets.astype(np.float32)
     np.savez(
         run.work / "fit.npz",
-        K=fitted.K,
-        Ks=np.repeat(fitted.K[None], T, 0),
+        Ks=fitted.Ks,
         image_size=np.array([frames.width, frames.height]),
         Ts_cam_head=state.Ts_cam_head,
         Ts_cam_torso=fitted.Ts_cam_torso,
@@ -276,24 +294,44 @@ def _write_files(run: StageRun, fitted: _Fitted, crop: tuple[int, int, int]) -> 
         usable=usable,
         residual_px=np.median(fitted.errors, 1).astype(np.float32),
         head=np.array(head.name),
-        crop=np.array(crop, np.float64),
-        crops=np.repeat(np.array([crop], np.float64), T, 0),
-        shots=np.zeros(T, np.int64),
-        clips=np.zeros(T, np.int64),
+        crops=np.array(crops, np.float64)[fitted.observations.clips],
+        shots=frames.shots,
+        clips=frames.clips,
     )
     cameras = {
         "schema": SCHEMA,
         "width": frames.width,
         "height": frames.height,
-        "K": fitted.K.tolist(),
-        "crop": list(crop),
+        "clips": [
+            {"name": name, "K": fitted.Ks[first].tolist(), "crop": list(crop)}
+            for name, first, crop in zip(_clip_names(frames), _first_frames(frames), crops, strict=True)
+        ],
         "frames": [
-            {"index": i, "time": float(frames.times[i]), "usable": bool(usable[i]), "T_cam_head": T_cam_head.tolist()}
+            {
+                "index": i,
+                "time": float(frames.times[i]),
+                "clip": int(fitted.observations.clips[i]),
+                "shot": int(frames.shots[i]),
+                "usable": bool(usable[i]),
+                "T_cam_head": T_cam_head.tolist(),
+            }
             for i, T_cam_head in enumerate(state.Ts_cam_head)
         ],
     }
     write_json(run.work / "cameras.json", cameras)
     _write_obj(run.work / "neutral.obj", fitted.neutral, head.faces)
+
+
+def _first_frames(frames: FrameSet) -> NDArray[np.int64]:
+    """The first frame of each clip that has any."""
+    import numpy as np
+
+    return np.unique(frames.clips, return_index=True)[1]
+
+
+def _clip_names(frames: FrameSet) -> list[str]:
+    names = frames.clip_names
+    return [names[clip] if clip < len(names) else "" for clip in frames.clips[_first_frames(frames)]]
 
 
 def _draw(run: StageRun, fitted: _Fitted) -> None:
@@ -313,9 +351,9 @@ def _draw(run: StageRun, fitted: _Fitted) -> None:
         shrink = min(1.0, side / max(frames.width, frames.height))
         size = (round(frames.width * shrink), round(frames.height * shrink))
         scale = np.array(size) / (frames.width, frames.height)
-        K = np.diag([*scale, 1]) @ fitted.K
         for index, vertices in zip(indices, fitted.vertices_cam(indices), strict=True):
             run.check_stop()
+            K = np.diag([*scale, 1]) @ fitted.Ks[index]
             image = cv2.resize(frames.image(index), size, interpolation=cv2.INTER_AREA)
             seen = fitted.track.landmarks[index, :, :2] * scale
             yield overlay(image, vertices, fitted.head_faces, K, seen)
@@ -347,7 +385,7 @@ def _draw(run: StageRun, fitted: _Fitted) -> None:
     plot_curves(run.work / "curves.png", frames.times, panels, ~fitted.track.usable)
 
 
-def _result(fitted: _Fitted, crop: tuple[int, int, int], seconds: dict[str, float]) -> Result:
+def _result(fitted: _Fitted, crops: list[tuple[int, int, int]], seconds: dict[str, float]) -> Result:
     """The stage's figures and its judgement of them."""
     import numpy as np
 
@@ -375,11 +413,11 @@ def _result(fitted: _Fitted, crop: tuple[int, int, int], seconds: dict[str, floa
     metrics = {
         "reprojection_px": {"median": median, "p95": p95},
         "face_width_px": round(width, 1),
-        "focal_ratio": round(state.focal_px / max(frames.width, frames.height), 3),
+        "focal_ratio": [round(float(r), 3) for r in state.focals_px / fitted.observations.sizes.max(1)],
         "frames": {"total": total, "usable": usable, "detected": int(track.detected.sum())},
         "identity_rms": round(float(np.sqrt(np.mean(state.identity**2))), 3),
         "offset_mm": round(1e3 * float(np.median(np.linalg.norm(state.offsets[0], axis=1))), 2),
-        "crop": list(crop),
+        "crops": [list(crop) for crop in crops],
         "torso_followed": round(fitted.torso_share, 3),
         "part_seconds": seconds,
     }

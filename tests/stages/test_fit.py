@@ -84,7 +84,6 @@ def test_files_are_what_the_layout_promises(tmp_path: Path) -> None:
     arrays = load(work)
     E, S = len(clip().head.expression_names), len(clip().identity)
     shapes = {
-        "K": (3, 3),
         "Ks": (FRAMES, 3, 3),
         "image_size": (2,),
         "Ts_cam_head": (FRAMES, 4, 4),
@@ -99,14 +98,13 @@ def test_files_are_what_the_layout_promises(tmp_path: Path) -> None:
         "usable": (FRAMES,),
         "residual_px": (FRAMES,),
         "head": (),
-        "crop": (3,),
         "crops": (FRAMES, 3),
         "shots": (FRAMES,),
         "clips": (FRAMES,),
     }
     assert {name: array.shape for name, array in arrays.items()} == shapes
     assert all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f")
-    assert arrays["Ts_cam_head"].dtype == arrays["K"].dtype == np.float64
+    assert arrays["Ts_cam_head"].dtype == arrays["Ks"].dtype == np.float64
     assert arrays["expression"].dtype == np.float32
     cameras = json.loads((work / "cameras.json").read_text())
     assert (cameras["width"], cameras["height"], len(cameras["frames"])) == (WIDTH, HEIGHT, FRAMES)
@@ -121,7 +119,7 @@ def test_files_are_what_the_layout_promises(tmp_path: Path) -> None:
 
     (tmp_path / "ada/matte").mkdir()
     loaded = load_clip(subject, 64)
-    assert loaded.crops == (tuple(arrays["crop"]),)
+    assert loaded.crops == (tuple(arrays["crops"][0]),)
 
 
 def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
