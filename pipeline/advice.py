@@ -39,7 +39,7 @@ POOR_SECONDS, POOR_FACE_HEIGHT_PX, POOR_LOST = 2.0, 90, 0.5
 HOW = {
     "length": "film 20 to 60 s in one take, without cuts",
     "view": "film one person from the front, who stays in view",
-    "alone": "film one person alone",
+    "alone": "film one person alone, or say whom to take with --person or --like",
     "near": "go nearer, or film in more pixels",
     "sharp": "more light lets the camera expose shorter; move slowly, rest the camera",
     "focus": "focus on the face, wipe the lens, give the camera's own file rather than a copy",

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from pipeline.advice import (
     MAX_FRONT_YAW_DEG,
     MAX_LIGHT_STOPS,
     MAX_LOST,
+    MAX_OCCLUDED,
     MAX_OFF_FRAME,
     MAX_OTHERS,
     MIN_BLINK,
@@ -40,7 +40,9 @@ from pipeline.advice import (
 from pipeline.assets import FACE_LANDMARKER, asset_path
 from pipeline.faces import Detector, Face
 from pipeline.finding import Finding
+from pipeline.frames import counted
 from pipeline.heads import EXPRESSIONS
+from pipeline.occlusion import covered_share, flat_face, sample_face
 from pipeline.picture_quality import (
     BLACK_LUMA,
     CUT_CHANGE,
@@ -48,6 +50,7 @@ from pipeline.picture_quality import (
     crop,
     face_detail,
     face_light,
+    flat_share,
     head_circle,
     histogram_change,
     lost_octaves,
@@ -61,8 +64,20 @@ DETECTION_SIDE = 1280
 """Larger frames are reduced to it before the detector looks, which itself reduces them much further."""
 SAME_POSE_DEG = 10.0
 """Light is compared between frames in which the head is turned about alike."""
-STILL_DEG, STILL_SCORE = 1.0, 0.05
-"""A face that turns and moves by less in all is a picture."""
+PATCH_PX = 256
+"""Height of the pictures of the face that are kept to be compared with each other."""
+COVERED_SHARE, COVERED_FRAMES = 0.1, 12
+"""Share of the face that must look otherwise than in the other frames, of which there must be so many."""
+BLINK_SECONDS = 0.2
+"""How long a blink lasts: frames that are further apart may miss it."""
+STILL_SCORE = 0.3
+"""The expression score that changes most, 5th to 95th percentile: above 0.8 in seconds of a quiet face, below 0.2 when
+a photograph is filmed."""
+MAX_FLAT = 0.5
+"""Share of a face in flat colours: at most 0.11 in films, soft ones too, and 0.76 in a drawing."""
+STILL_FRAMES = 5
+VERDICT_ITEMS = 3
+"""How many findings a verdict names."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +93,14 @@ class View:
     light: float
     """Mean linear light, 0 to 1."""
     burnt: float
+    flat: float
+    """Shares of the face that are burnt out, and of one flat colour."""
     edges: tuple[str, ...]
     """The picture's edges that head or hair reach."""
+    patch: NDArray[np.uint8]
+    """Grey values [h, w] of the face's box, at most `PATCH_PX` high."""
+    points: NDArray[np.float64]
+    """[478, 2] the landmarks in the patch's pixels."""
 
     @property
     def height(self) -> float:
@@ -156,7 +177,9 @@ def capture_verdict(findings: Iterable[Finding]) -> str:
     if not wanting:
         return "good"
     word = "poor" if wanting[0].level == "blocked" or wanting[0].severe else "fair"
-    return f"{word}: " + "; ".join(f"{f.what} ({f.fix})" if f.fix else f.what for f in wanting)
+    named = [f"{f.what} -> {f.fix}" if f.fix else f.what for f in wanting[:VERDICT_ITEMS]]
+    more = len(wanting) - len(named)
+    return f"{word}: " + "; ".join([*named, f"and {more} more"] if more else named)
 
 
 def _described(info: VideoInfo) -> str:
@@ -174,11 +197,15 @@ def _look(video: Path, info: VideoInfo, detector: Detector) -> Look:
 
 def _sampled(video: Path, info: VideoInfo, detector: Detector, region: tuple[int, int, int] | None) -> Look:
     """Look at frames spread over the clip, for faces in the square `region` (x0, y0, side) or everywhere."""
+    import cv2
+
     look = Look(info)
     before: NDArray[np.float64] | None = None
     last: View | None = None
     for frame in sample_frames(video, SAMPLES):
-        thumbnail = frame.rgb(64, 64)
+        scale = min(1.0, DETECTION_SIDE / max(frame.width, frame.height)) if region is None else 1.0
+        image = frame.rgb(round(frame.width * scale), round(frame.height * scale))
+        thumbnail = np.asarray(cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA), np.uint8)
         look.times.append(frame.time)
         if thumbnail.max() <= BLACK_LUMA:
             look.black += 1
@@ -188,45 +215,58 @@ def _sampled(video: Path, info: VideoInfo, detector: Detector, region: tuple[int
         histogram = colour_histogram(thumbnail)
         look.cuts += before is not None and histogram_change(histogram, before) > CUT_CHANGE
         before = histogram
-        views = _views(frame, detector, region)
+        views = _views(frame, _detected(image, scale, detector, region))
         look.faces.append(len(views))
         look.views.append(_same_person(views, last))
         last = look.views[-1] or last
     return look
 
 
-def _views(frame: Frame, detector: Detector, region: tuple[int, int, int] | None) -> list[View]:
-    """The faces in a frame, measured; a face that is found twice counts once."""
-    grey = frame.luma()
-    scale = min(1.0, DETECTION_SIDE / max(frame.width, frame.height)) if region is None else 1.0
-    image = frame.rgb(round(frame.width * scale), round(frame.height * scale))
+def _detected(
+    image: NDArray[np.uint8], scale: float, detector: Detector, region: tuple[int, int, int] | None
+) -> list[Face]:
+    """The faces in a frame that was reduced to `scale`, in the pixels of the whole one."""
     if region is not None:
         x0, y0, side = region
-        found = detector.detect(image[y0 : y0 + side, x0 : x0 + side], (x0, y0))
-    else:
-        found = [
-            Face((face.landmarks / np.float32(scale)), face.scores, face.pose) for face in detector.detect(image)
-        ]
+        return detector.detect(image[y0 : y0 + side, x0 : x0 + side], (x0, y0))
+    found = detector.detect(image)
+    return [Face(face.landmarks / np.float32(scale), face.scores, face.pose) for face in found]
+
+
+def _views(frame: Frame, found: list[Face]) -> list[View]:
+    """The faces in a frame, largest first, measured; a face that was found twice counts once."""
     faces: list[Face] = []
     for face in sorted(found, key=lambda face: -float(np.ptp(face.box[1::2]))):
         if all(_apart(face, other) > 0.3 for other in faces):
             faces.append(face)
+    if not faces:
+        return []
+    grey = frame.luma()
     return [_measured(grey, face) for face in faces]
 
 
 def _measured(grey: NDArray[np.uint8], face: Face) -> View:
+    import cv2
+
     luma, light, burnt = face_light(grey, face)
     x, y, radius = head_circle(face)
     height, width = grey.shape
+    patch = crop(grey, face.box)
+    scale = min(1.0, PATCH_PX / max(1, patch.shape[0]))
+    small = np.asarray(cv2.resize(patch, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8)
+    points = (face.landmarks[:, :2] - np.maximum(face.box[:2], 0).astype(int)) * scale
     reach = {"upper": radius - y, "left": radius - x, "right": x + radius - width, "lower": face.box[3] - height}
     return View(
         face,
         face_detail(grey, face.box),
-        lost_octaves(crop(grey, face.box)),
+        lost_octaves(patch),
         luma,
         light,
         burnt,
+        flat_share(small),
         tuple(edge for edge, over in reach.items() if over > 0),
+        small,
+        points.astype(np.float64),
     )
 
 
@@ -274,25 +314,23 @@ def _judge_clip(look: Look) -> Iterator[Finding]:
         yield Finding("blocked", f"every one of the {looked} is black", "choose another video")
         return
     if not seen:
-        yield Finding("blocked", f"no face in any of the {looked}", f"{HOW['view']}; drawings are not taken for faces")
+        yield Finding("blocked", f"no face in any of the {looked}", f"{HOW['view']}; profiles and drawings are missed")
         return
     yield _presence(look)
     others = sum(number > 1 for number in look.faces)
     if others:
         most = max(look.faces)
         several = f"{most} or more" if most == MAX_FACES else f"{most}"
-        what = f"{several} faces are in view at once in {others} of the {looked}; the one in view longest is taken"
-        yield Finding("degraded" if others / count > MAX_OTHERS else "fine", what, f"{HOW['alone']}, or choose")
+        what = f"{several} faces are in view at once, in {others} of the {looked} more than one"
+        yield Finding("degraded" if others / count > MAX_OTHERS else "fine", what, HOW["alone"])
     if look.cuts:
-        times = "once" if look.cuts == 1 else f"about {look.cuts} times"
-        yield Finding("degraded", f"the picture changes as a whole {times}: a cut", HOW["length"])
+        yield Finding("degraded", f"about {counted(look.cuts, 'cut')}", HOW["length"])
     yield _size(seen)
     yield from _sharpness(seen)
     yield from _light(seen)
     yield from _room(seen)
-    if _is_still(seen):
-        what = "the face never moves: a still picture or a drawing cannot become an avatar"
-        yield Finding("degraded", what, HOW["length"], severe=True)
+    yield from _cover(seen)
+    yield from _alive(seen)
 
 
 def _presence(look: Look) -> Finding:
@@ -365,29 +403,57 @@ def _room(seen: list[View]) -> Iterator[Finding]:
     many = sum(bool(view.edges) for view in seen)
     what = (
         f"head or hair reach the picture's edge, mostly the {edge} one, in {many} of {len(seen)} frames "
-        "(judged by the face's place and an average head)"
+        "(estimated: an average head behind the face)"
     )
     off = many / len(seen) > MAX_OFF_FRAME
     yield Finding("degraded" if off else "fine", what, HOW["room"] if off else "")
 
 
-def _is_still(seen: list[View]) -> bool:
-    """Whether neither the head turns nor any expression changes, as in a filmed photograph."""
-    if len(seen) < 5:
-        return False
-    angles = _angles([view.face for view in seen])
+def _cover(seen: list[View]) -> Iterator[Finding]:
+    """Frames in which something lies over the lower face."""
+    if len(seen) < COVERED_FRAMES:
+        return
+    landmarks = np.stack([view.face.landmarks for view in seen]).astype(np.float64)
+    rotations = np.stack([view.face.pose[:3, :3] for view in seen]).astype(np.float64)
+    # Landmarks have y down and z away, MediaPipe's camera and the face's own axes y up and z towards it.
+    flip = np.array([1.0, -1.0, -1.0])
+    frontal = np.einsum("tji,tlj->tli", rotations, (landmarks - landmarks.mean(axis=1, keepdims=True)) * flip) * flip
+    frontal /= np.linalg.norm(frontal, axis=(1, 2), keepdims=True)
+    layout = flat_face(np.median(frontal, axis=0))
+    values, visible = zip(*(sample_face(view.patch, view.points, layout) for view in seen), strict=True)
     scores = np.stack([view.face.scores for view in seen])
-    return all(np.ptp(a) < STILL_DEG for a in angles) and bool(np.ptp(scores, axis=0).max() < STILL_SCORE)
+    share = covered_share(np.stack(values), np.stack(visible), layout, scores, rotations)
+    covered = int((share > COVERED_SHARE).sum())
+    if covered:
+        many = covered / len(seen) > MAX_OCCLUDED
+        what = f"something lies over the lower face in {covered} of {len(seen)} frames"
+        yield Finding("degraded" if many else "fine", what, HOW["clear"] if many else "")
+
+
+def _alive(seen: list[View]) -> Iterator[Finding]:
+    """Whether this is a drawing, or a photograph that was filmed."""
+    flat = float(np.median([view.flat for view in seen]))
+    if flat > MAX_FLAT:
+        what = f"{flat:.0%} of the face is of flat colours: it seems to be drawn, and drawings are followed badly"
+        yield Finding("degraded", what, HOW["view"], severe=True)
+    scores = np.stack([view.face.scores for view in seen])
+    change = float(np.ptp(np.percentile(scores, [5, 95], axis=0), axis=0).max())
+    if len(seen) >= STILL_FRAMES and change < STILL_SCORE:
+        what = f"no expression changes by more than {change:.2f} of 1: a still picture cannot become an avatar"
+        yield Finding("degraded", what, HOW["length"], severe=True)
 
 
 def _judge_ranges(looks: Sequence[Look]) -> Iterator[Finding]:
     """What the clips show of the head, all together."""
     seconds = sum(look.seconds for look in looks)
     faces = [view.face for look in looks for view in look.seen]
-    short: Finding = Finding("fine", f"{seconds:.1f} s in all" if len(looks) > 1 else f"{seconds:.1f} s long")
+    length = f"{seconds:.1f} s in all" if len(looks) > 1 else f"{seconds:.1f} s long"
+    if len(looks) == 1 and looks[0].info.kind == "images":
+        length = f"{looks[0].info.frames} images, which last {seconds:.1f} s"
     if seconds < MIN_SECONDS:
-        short = Finding("degraded", short.what, HOW["length"], severe=seconds < POOR_SECONDS)
-    yield short
+        yield Finding("degraded", length, HOW["length"], severe=seconds < POOR_SECONDS)
+    else:
+        yield Finding("fine", length)
     yaw, pitch = _angles(faces)
     if np.abs(yaw).min() > MAX_FRONT_YAW_DEG:
         what = f"the face is never seen from the front, it is turned by {np.abs(yaw).min():.0f} degrees and more"
@@ -396,21 +462,24 @@ def _judge_ranges(looks: Sequence[Look]) -> Iterator[Finding]:
     jaw = float(scores[:, EXPRESSIONS.index("jawOpen")].max())
     lids = [EXPRESSIONS.index("eyeBlinkLeft"), EXPRESSIONS.index("eyeBlinkRight")]
     blink = float(scores[:, lids].min(axis=1).max())
-    sides = _sides(yaw, "left", "right")
     for enough, what, how in (
-        (np.ptp(yaw) >= MIN_YAW_RANGE_DEG, f"the head turns by {np.ptp(yaw):.0f} degrees, {sides}", "yaw"),
+        (np.ptp(yaw) >= MIN_YAW_RANGE_DEG, f"the head turns by {np.ptp(yaw):.0f} degrees ({_ends(yaw)})", "yaw"),
         (np.ptp(pitch) >= MIN_PITCH_RANGE_DEG, f"the head nods by {np.ptp(pitch):.0f} degrees", "pitch"),
         (jaw >= MIN_JAW_OPEN, f"the mouth opens to {jaw:.2f} of 1", "mouth"),
-        (blink >= MIN_BLINK, f"the eyes close to {blink:.2f} of 1 in the frames looked at", "eyes"),
     ):
-        level: Literal["fine", "degraded"] = "fine" if enough else "degraded"
-        yield Finding(level, what, "" if enough else HOW[how])
+        yield Finding("fine", what) if enough else Finding("degraded", what, HOW[how])
+    closed = f"the eyes close to {blink:.2f} of 1 in the frames looked at"
+    if blink >= MIN_BLINK:
+        yield Finding("fine", closed)
+    elif all(look.seconds / len(look.times) <= BLINK_SECONDS for look in looks):
+        yield Finding("degraded", closed, HOW["eyes"])
+    else:
+        yield Finding("fine", f"{closed}; a blink between them may be missed", HOW["eyes"])
 
 
-def _sides(yaw: NDArray[np.float64], left: str, right: str) -> str:
-    """A range of turns in words: `from 20 to the picture's left to 5 to its right`."""
-    ends = [f"{abs(end):.0f} to the picture's {left if end < 0 else right}" for end in (yaw.min(), yaw.max())]
-    return f"from {ends[0]} to {ends[1]}"
+def _ends(yaw: NDArray[np.float64]) -> str:
+    """The ends of a range of turns in words, as seen in the picture: `20 left to 5 right`."""
+    return " to ".join(f"{abs(end):.0f} {'left' if end < 0 else 'right'}" for end in (yaw.min(), yaw.max()))
 
 
 def _angles(faces: Sequence[Face]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,8 @@ from pipeline.faces import Face
 
 BLACK_LUMA = 10
 """Grey value that a black frame's brightest places do not exceed."""
+BURNT_LUMA = 250
+"""Grey value from which nothing can be told apart."""
 CUT_CHANGE = 0.5
 """Share of a colour histogram that changes at a cut; true cuts are seen at 0.9 and more, fast motion below 0.1."""
 SHARP_OCTAVE, LOST_OCTAVE = 0.65, 0.35
@@ -60,13 +64,14 @@ def lost_octaves(grey: NDArray[np.uint8]) -> float:
     """
     import cv2
 
-    contrasts, picture = [], grey.astype(np.float32)
+    picture = grey.astype(np.float32)
+    contrasts: list[float] = []
     while min(picture.shape) >= 24 and len(contrasts) < 6:
         coarse = cv2.pyrDown(picture)
         contrasts.append(float((picture - cv2.pyrUp(coarse, dstsize=picture.shape[::-1])).std()))
         picture = coarse
     lost = 0.0
-    for fine, next_coarser in zip(contrasts, contrasts[1:], strict=False):
+    for fine, next_coarser in itertools.pairwise(contrasts):
         ratio = fine / max(next_coarser, 1e-6)
         gone = float(np.clip((SHARP_OCTAVE - ratio) / (SHARP_OCTAVE - LOST_OCTAVE), 0, 1))
         lost += gone
@@ -92,7 +97,22 @@ def face_light(grey: NDArray[np.uint8], face: Face) -> tuple[float, float, float
     values = inside[mask > 0]
     if not len(values):
         return 0.0, 0.0, 0.0
-    return float(np.median(values)), float(((values / 255.0) ** 2.2).mean()), float((values >= 250).mean())
+    return float(np.median(values)), float(((values / 255.0) ** 2.2).mean()), float((values >= BURNT_LUMA).mean())
+
+
+def flat_share(grey: NDArray[np.uint8]) -> float:
+    """Share of a face's picture [H, W], its border and what is burnt out aside, that no pixel beside differs from.
+
+    Skin has grain in films, also in dark, soft and compressed ones; a drawing is filled with colours.
+    """
+    import cv2
+
+    around = np.ones((3, 3), np.uint8)
+    spread = cv2.dilate(grey, around) - cv2.erode(grey, around)
+    top, left = grey.shape[0] // 5, grey.shape[1] // 5
+    middle = (slice(top, grey.shape[0] - top), slice(left, grey.shape[1] - left))
+    counted = grey[middle] < BURNT_LUMA
+    return float((spread[middle] <= 1)[counted].mean()) if counted.any() else 0.0
 
 
 def head_circle(face: Face) -> tuple[float, float, float]:

@@ -26,8 +26,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_FOLDER_FPS = Fraction(25)
 """Images carry no time; they are taken to follow each other at this rate."""
 
-SAMPLE_BUDGET = 1_200_000_000
-"""Pixels that sampling may decode: 580 frames of 1920x1080, about two seconds on two cores."""
+SAMPLE_BUDGET = 500_000_000
+"""Pixels that sampling may decode: 240 frames of 1920x1080, one to two seconds on two cores."""
 
 # Numbers of ISO/IEC 23091-2 (H.273): matrix coefficients to swscale's colour spaces, and the two HDR transfers.
 _SWS_COLOURSPACE = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
@@ -250,8 +250,6 @@ def sample_frames(path: Path, count: int, *, threads: int = 2) -> Iterator[Frame
         for index in np.unique(np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)):
             yield _ImageFrame(int(index), _read_image(files[index]))
         return
-    import av
-
     with _open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
@@ -262,24 +260,36 @@ def sample_frames(path: Path, count: int, *, threads: int = 2) -> Iterator[Frame
         spans: dict[float, list[float]] = {}
         for target in targets:
             spans.setdefault(min(_key_time(container, stream, target, start), target), []).append(target)
-        afford = SAMPLE_BUDGET / max(1, stream.width * stream.height) - len(spans)
+        # A key frame and the few that the decoder is ahead of what it shows are decoded in any case.
+        afford = SAMPLE_BUDGET / max(1, stream.width * stream.height) - 4 * len(spans)
         asked = rate * sum(span[-1] - key for key, span in spans.items())
         if asked > afford:
             # Frames that no other needs are up to half of a file's and need not be decoded to reach the rest.
             stream.codec_context.skip_frame = "NONREF"
         share = min(1.0, max(0.0, afford) / max(1.0, asked))
         last = -math.inf
+
+        def shown(frame: Any, time: float) -> Frame:
+            turn, aspect = _display_turn(frame), _pixel_aspect(stream, frame)
+            return _VideoFrame(max(0, round((time - start) * rate)), max(0.0, time - start), frame, turn, aspect)
+
         for key, span in spans.items():
             wanted = [key + share * (target - key) for target in span]
-            for frame in _decode_span(container, stream, key, wanted[-1] + 2 / rate):
+            spare: tuple[Any, float] | None = None
+            for frame in _decode_span(container, stream, key, wanted[-1]):
                 # A frame that is drained from the decoder has its stamp, but no `time`.
                 time = float(frame.pts * stream.time_base) if frame.pts is not None else last + 1 / rate
-                if wanted and time > last and time >= wanted[0] - 0.5 / rate:
+                if time <= last:
+                    continue
+                if wanted and time >= wanted[0] - 0.5 / rate:
                     wanted = [later for later in wanted if later > time + 0.5 / rate]
-                    last = time
-                    number = round((time - start) * rate)
-                    turn, aspect = _display_turn(frame), _pixel_aspect(stream, frame)
-                    yield _VideoFrame(max(0, number), max(0.0, time - start), frame, turn, aspect)
+                    last, spare = time, None
+                    yield shown(frame, time)
+                else:
+                    spare = frame, time
+            if wanted and spare is not None:
+                last = spare[1]
+                yield shown(*spare)
         if last == -math.inf:
             raise UserError(f"No frame of '{path}' can be decoded.", "check that it plays, and copy or record it again")
 
@@ -297,7 +307,7 @@ def _key_time(container: Any, stream: Any, time: float, start: float) -> float:
 
 
 def _decode_span(container: Any, stream: Any, key: float, until: float) -> Iterator[Any]:
-    """Decoded frames from a key frame on, to `until` and a few more; damaged ones are left out."""
+    """Decoded frames from a key frame on to about `until`; damaged ones are left out."""
     import av
 
     try:
