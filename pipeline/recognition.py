@@ -33,13 +33,13 @@ MODELS = {
 """InsightFace's packs and the recognition network in each, the one to be preferred first."""
 SAME_EMBEDDING = 0.2
 """Cosine below which two faces are not of one person, by InsightFace's own comparison of two images."""
-SAME_COLOURS, SAME_SHAPE = 0.6, 0.010
-"""Where the colours agree less and the proportions differ more than this, two faces are of different people.
+SAME_COLOURS, SAME_SHAPE = 0.7, 0.009
+"""Where the colours agree less and the proportions differ more than this, two faces are taken for different people's.
 
-Seen on eight clips of six people: colours agree to 0.9 and more within a recording, between people to 0.82 at most;
-proportions differ by 0.003 to 0.013 within a recording, by 0.006 to 0.022 between people."""
+Seen on six clips of six people: colours agree to 0.97 and more within a recording, between people to 0.64 at most;
+proportions differ by 0.002 to 0.010 within a recording, by 0.005 to 0.017 between people."""
 SAME_RECORDING = 0.85
-"""Agreement of the colours from which a face that comes back in the same shot is the same person's."""
+"""Agreement of the colours from which two faces of one clip are the same person's."""
 ARCFACE_POINTS = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 ARCFACE_SIDE = 112
 """Where ArcFace wants the eyes, the tip of the nose and the corners of the mouth, in a picture of this side."""
@@ -56,7 +56,7 @@ class Portrait:
     """What some frames of one face say about whose it is."""
 
     shape: NDArray[np.float64]
-    """[P, 3] typical places of the still landmarks, seen from the front and brought to one size."""
+    """[P, 3] typical places of the still landmarks about their centre, brought to one size, turned anyhow."""
     colours: tuple[NDArray[np.float64] | None, ...]
     """Histograms of face, hair and clothes, each summing to 1; None for what the frames do not show."""
     embedding: NDArray[np.float64] | None
@@ -154,7 +154,8 @@ def photo_embedding(path: Path, recognizer: Recognizer) -> NDArray[np.float64]:
 
 def portrait(samples: Sequence[tuple[NDArray[np.uint8], Face]], recognizer: Recognizer | None) -> Portrait:
     """Describe a face by some frames of it, each an sRGB image [H, W, 3] and the face in it; at least one."""
-    shape = np.median([_still_shape(face) for _, face in samples], axis=0)
+    shapes = [_still_shape(face) for _, face in samples]
+    shape = np.median([_turned_to(shapes[0], each) for each in shapes], axis=0)
     each = [_colours(image, face) for image, face in samples]
     colours = []
     for part in zip(*each, strict=True):
@@ -180,8 +181,8 @@ def different(a: Portrait, b: Portrait) -> bool:
     return colours_agree(a, b) < SAME_COLOURS and shapes_apart(a, b) > SAME_SHAPE
 
 
-def same_recording(a: Portrait, b: Portrait) -> bool:
-    """Whether two faces of one shot, never seen side by side, are the same person's."""
+def surely_same(a: Portrait, b: Portrait) -> bool:
+    """Whether two faces of one clip are the same person's beyond doubt; without embeddings, light and clothes count."""
     if a.embedding is not None and b.embedding is not None:
         return not different(a, b)
     return colours_agree(a, b) >= SAME_RECORDING
@@ -195,7 +196,7 @@ def colours_agree(a: Portrait, b: Portrait) -> float:
 
 def shapes_apart(a: Portrait, b: Portrait) -> float:
     """Root mean square distance of the still landmarks, in units of their root summed square distance to the centre."""
-    return float(np.sqrt(((a.shape - b.shape) ** 2).sum(axis=1).mean()))
+    return float(np.sqrt(((_turned_to(a.shape, b.shape) - a.shape) ** 2).sum(axis=1).mean()))
 
 
 def _one_face(path: Path, data: bytes) -> tuple[NDArray[np.uint8], Face]:
@@ -222,12 +223,19 @@ def _one_face(path: Path, data: bytes) -> tuple[NDArray[np.uint8], Face]:
 
 
 def _still_shape(face: Face) -> NDArray[np.float64]:
-    """[P, 3] the still landmarks turned to the front, centred, of unit norm."""
-    # The face's axes have y up and z forward, the picture's y down and z away.
-    flip = np.diag([1.0, -1.0, -1.0])
-    points = face.landmarks[list(STILL_LANDMARKS)].astype(np.float64) @ (flip @ face.pose[:3, :3] @ flip)
+    """[P, 3] the still landmarks, centred, of unit norm."""
+    points = face.landmarks[list(STILL_LANDMARKS)].astype(np.float64)
     points -= points.mean(axis=0)
     return np.asarray(points / max(float(np.linalg.norm(points)), 1e-9), np.float64)
+
+
+def _turned_to(target: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Points [P, 3] rotated about the origin to lie nearest to others (Kabsch 1976).
+
+    The detector's pose would not do: it supposes a camera, and is turned where a face is off the picture's middle.
+    """
+    u, _, vt = np.linalg.svd(points.T @ target)
+    return np.asarray(points @ (u @ np.diag([1.0, 1.0, np.linalg.det(u @ vt)]) @ vt), np.float64)
 
 
 def _colours(image: NDArray[np.uint8], face: Face) -> tuple[NDArray[np.float64] | None, ...]:

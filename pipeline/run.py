@@ -23,7 +23,15 @@ from pipeline.config import Config, Preset, override, preset_config
 from pipeline.dataset import Dataset, Subject, sha256_file, subject_name_for, write_json
 from pipeline.errors import StageError, UserError
 from pipeline.progress import Reporter
-from pipeline.source import check_sources, has_photo, is_registered, read_photo_bytes, register_photo, register_source
+from pipeline.source import (
+    check_sources,
+    check_span,
+    has_photo,
+    is_registered,
+    read_photo_bytes,
+    register_photo,
+    register_source,
+)
 from pipeline.stage import Stage, State, inspect_stages
 
 RUN_RECORD = "run.json"
@@ -122,6 +130,7 @@ def prepare(request: RunRequest, stages: Sequence[Stage]) -> tuple[Subject, Conf
     if not request.videos:
         Dataset(request.data).existing(subject.name)
     config = resolve_config(request, subject)
+    check_span(config.decode, len(request.videos))
     names = [stage.name for stage in stages]
     for asked in (request.first, request.last):
         if asked is not None and asked not in names:
@@ -237,19 +246,16 @@ def check_captures_first(request: RunRequest, subject: Subject, reporter: Report
     """
     if not request.check or not request.videos or is_registered(subject, request.videos):
         return
-    from pipeline import capture_check
+    from pipeline.capture_check import capture_verdict, check_captures
 
     started = time.monotonic()
-    findings = [finding for video in request.videos for finding in capture_check.check_capture(video)]
+    findings = list(check_captures(request.videos))
+    reporter.message(f"capture check: {time.monotonic() - started:.1f} s. {capture_verdict(findings)}")
     for finding in findings:
-        if finding.fix and finding.level != "blocked":
-            reporter.message(f"capture check: {finding.what} -> {finding.fix}")
-    reporter.message(f"capture check: {time.monotonic() - started:.1f} s")
-    blocked = [finding for finding in findings if finding.level == "blocked"]
-    if blocked:
-        raise UserError(
-            f"The capture check says: {blocked[0].what}.", f"{blocked[0].fix}; to run all the same: --no-check"
-        )
+        if finding.level == "blocked":
+            raise UserError(
+                f"The capture check says: {finding.what}.", f"{finding.fix}; to run all the same: --no-check"
+            )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import DecodeConfig
 from pipeline.dataset import (
     Subject,
     canonical_json,
@@ -118,6 +119,19 @@ def check_source(path: Path) -> VideoInfo:
             f"give a picture of at least {MIN_SIDE_PX} pixels each way; 256 and more make a useful avatar",
         )
     return information
+
+
+def check_span(config: DecodeConfig, clips: int) -> None:
+    """Refuse a span of time where it is not plain which clip it means.
+
+    Raises:
+        UserError: a span is named and there are several clips.
+    """
+    if clips > 1 and (config.start_seconds is not None or config.end_seconds is not None):
+        raise UserError(
+            f"decode.start_seconds and decode.end_seconds name a span of one clip; {clips} clips are given.",
+            "leave them out, or cut the clips beforehand",
+        )
 
 
 def is_registered(subject: Subject, paths: Sequence[Path]) -> bool:

@@ -144,17 +144,12 @@ def decode(run: StageRun) -> Result:
 
 def _read_clips(run: StageRun) -> list[Reading]:
     """Survey every clip and choose its frames."""
-    from pipeline.source import source_names, source_paths
+    from pipeline.source import check_span, source_names, source_paths
     from pipeline.video import probe
 
     config = run.config.decode
     paths = source_paths(run.subject)
-    if len(paths) > 1 and (config.start_seconds is not None or config.end_seconds is not None):
-        raise UserError(
-            f"decode.start_seconds and decode.end_seconds name a span of one clip; '{run.subject.name}' has "
-            f"{len(paths)} clips.",
-            "leave them out, or cut the clips beforehand",
-        )
+    check_span(config, len(paths))
     readings: list[Reading] = []
     offset = 0.0
     for number, (name, path) in enumerate(zip(source_names(run.subject), paths, strict=True)):

@@ -76,7 +76,7 @@ class Subject:
     others: list[int] = field(default_factory=list)
     """Shots that show faces, but not the subject's."""
     doubted: list[int] = field(default_factory=list)
-    """Clips in which the face that was taken may be somebody else's."""
+    """Shots in which the face that was taken may be somebody else's."""
 
 
 def track(run: StageRun) -> Result:
@@ -167,7 +167,7 @@ def _find_subject(run: StageRun, frames: FrameSet, tracks: list[Track]) -> Subje
         StageError: the person asked for is not there.
         UserError: the photograph, or a model to compare it with, is missing.
     """
-    from pipeline.recognition import different, find_recognizer, likeness, need_recognizer
+    from pipeline.recognition import different, find_recognizer, likeness, need_recognizer, surely_same
 
     config = run.config.track
     by_shot = [[one for one in tracks if frames.shots[one.last] == shot] for shot in range(frames.shots[-1] + 1)]
@@ -179,14 +179,15 @@ def _find_subject(run: StageRun, frames: FrameSet, tracks: list[Track]) -> Subje
     needed = len(tracks) > 1 or config.like
     recognizer = need_recognizer() if config.like else find_recognizer() if needed else None
     portraits = Portraits(frames, recognizer)
-    how: How = "longest"
-    chosen = max(tracks, key=lambda one: len(one.faces))
+    how: How
     if config.like:
         how, chosen = "photograph", _most_like_photo(run, tracks, portraits)
     elif config.person is not None:
         if config.person > len(present):
             raise _no_such_person(config, counted_in, len(present))
         how, chosen = "number", present[config.person - 1]
+    else:
+        how, chosen = "longest", max(tracks, key=lambda one: (_presence(one, tracks, portraits), len(one.faces)))
     subject = Subject(
         {}, how, [one.faces[counted_in] for one in present], counted_in, 0, recognizer.name if recognizer else ""
     )
@@ -198,20 +199,30 @@ def _find_subject(run: StageRun, frames: FrameSet, tracks: list[Track]) -> Subje
         if shot != home:
             reference = portraits.of(chosen)
             first = max(there, key=lambda one: likeness(reference, portraits.of(one)))
+            same_clip = frames.clips[first.last] == frames.clips[chosen.last]
             if different(reference, portraits.of(first)):
                 # A clip that is given is meant to show the subject; only a recognition model says for sure it does not.
-                same_clip = frames.clips[first.last] == frames.clips[chosen.last]
                 if same_clip or recognizer is not None:
                     subject.others.append(shot)
                     continue
-                subject.doubted.append(int(frames.clips[first.last]))
+                subject.doubted.append(shot)
+            elif same_clip and not surely_same(reference, portraits.of(first)):
+                subject.doubted.append(shot)
             if len(there) > 1:
                 subject.ranked.append(shot)
         subject.faces.update(_with_returns(first, there, portraits).faces)
-    subject.doubted = sorted(set(subject.doubted))
     taken = subject.faces.get(counted_in)
     subject.person = next((number for number, face in enumerate(subject.people, 1) if face is taken), 0)
     return subject
+
+
+def _presence(one: Track, tracks: list[Track], portraits: Portraits) -> int:
+    """Number of frames, of all shots, that surely show a track's face."""
+    from pipeline.recognition import surely_same
+
+    beside = [t for t in tracks if t is not one and not set(t.faces) & set(one.faces)]
+    mine = [t for t in beside if surely_same(portraits.of(one), portraits.of(t))]
+    return len(one.faces) + sum(len(t.faces) for t in mine)
 
 
 def _most_like_photo(run: StageRun, tracks: list[Track], portraits: Portraits) -> Track:
@@ -396,7 +407,7 @@ def _with_returns(subject: Track, tracks: list[Track], portraits: Portraits) -> 
     it left is the subject, and elsewhere unless it is told to be somebody else. With rivals it must look like the
     subject, and more so than like any of them.
     """
-    from pipeline.recognition import different, likeness, same_recording
+    from pipeline.recognition import different, likeness, surely_same
 
     whole = Track(dict(subject.faces), subject.last)
     rivals = [one for one in tracks if one is not subject and set(one.faces) & set(subject.faces)]
@@ -410,7 +421,7 @@ def _with_returns(subject: Track, tracks: list[Track], portraits: Portraits) -> 
         if rivals:
             mine, its = portraits.of(subject), portraits.of(other)
             closest = max(likeness(its, portraits.of(rival)) for rival in rivals)
-            same = (same or same_recording(mine, its)) and likeness(mine, its) > closest
+            same = (same or surely_same(mine, its)) and likeness(mine, its) > closest
         elif not same:
             same = not different(portraits.of(subject), portraits.of(other))
         if same:
@@ -665,9 +676,13 @@ def _told(frames: FrameSet, subject: Subject) -> list[str]:
         parts.append(f"of several faces in {counted(len(subject.ranked), 'shot')} the one most alike was taken, {by}")
     if subject.others:
         parts.append(f"{counted(len(subject.others), 'shot')} with somebody else left out, told {by}")
-    for clip in subject.doubted:
-        name = frames.clip_names[clip] if frames.clip_names else f"{clip}"
-        parts.append(f"clip '{name}' may show another person, look at the picture; it is used all the same")
+    if subject.doubted:
+        flags = np.isin(frames.shots, subject.doubted)
+        where = ranges_text(flags)
+        if len(frames.clip_names) > 1:
+            names = [f"'{frames.clip_names[clip]}'" for clip in np.unique(frames.clips[flags])]
+            where += f" of {' and '.join(names)}"
+        parts.append(f"{where} may show another person, told {by}; look at the picture, they are used all the same")
     return parts
 
 

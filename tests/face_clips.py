@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.dataset import Subject, write_json
 from pipeline.frames import SCHEMA, frame_file, save_image
 from pipeline.stage import StageRun
+from pipeline.synthetic import Look, make_clip
 from pipeline.video import read_frames
 
 Image = NDArray[np.uint8]
@@ -24,6 +25,39 @@ Image = NDArray[np.uint8]
 def face_frames() -> tuple[Image, ...]:
     """72 frames [360, 640, 3] of one man who talks; the asset is fetched if it is not there."""
     return tuple(frame.rgb() for frame in read_frames(asset_path("single_face")))
+
+
+PEOPLE = (
+    Look(),
+    Look(skin=(0.3, 0.3, 0.85), hair=(0.75, 0.6, 0.35), cloth=(0.2, 0.5, 0.3)),
+    Look(skin=(0.92, 0.8, 0.35), hair=(0.55, 0.2, 0.1), cloth=(0.7, 0.2, 0.2)),
+)
+
+
+@cache
+def person_frames(number: int, count: int = 24) -> tuple[Image, ...]:
+    """Frames [200, 200, 3] of one of three synthetic people, unlike in colours and features."""
+    clip = make_clip(count, 200, 200, seed=number, look=PEOPLE[number], identity_scale=0.6, background="plain")
+    return tuple(clip.images)
+
+
+def write_recognition_model(file: Path) -> Path:
+    """A face recognition network with ArcFace's input that only looks at coarse colours."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("AveragePool", ["data"], ["coarse"], kernel_shape=[16, 16], strides=[16, 16]),
+        helper.make_node("Flatten", ["coarse"], ["embedding"]),
+    ]
+    data = helper.make_tensor_value_info("data", TensorProto.FLOAT, [1, 3, 112, 112])
+    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, 147])
+    graph = helper.make_graph(nodes, "coarse", [data], [embedding])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 8
+    file.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, str(file))
+    return file
 
 
 @cache

@@ -150,7 +150,7 @@ def test_clips_of_other_rates_and_sizes_become_one_set(tmp_path: Path, subject: 
     assert np.bincount(frames.clips).tolist() == [11, 9]
     frames, _ = decoded(subject, second, first)
     assert frames.contents[0].tolist() == [80, 120], "the order is the user's"
-    with pytest.raises(UserError, match="name a span of one clip; 'ada' has 2 clips"):
+    with pytest.raises(UserError, match="name a span of one clip; 2 clips are given"):
         decoded(subject, first, second, start_seconds=0.2)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,23 +11,35 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from face_clips import Image, decoded_subject, empty_room, face_frames, padded, stage_run
+from face_clips import (
+    Image,
+    decoded_subject,
+    empty_room,
+    face_frames,
+    padded,
+    person_frames,
+    stage_run,
+    write_recognition_model,
+)
 from numpy.typing import NDArray
 
 from pipeline.assets import asset_path
 from pipeline.config import Config, DecodeConfig, TrackConfig
-from pipeline.dataset import Dataset
-from pipeline.errors import Interrupted, StageError
+from pipeline.dataset import Dataset, sha256_file
+from pipeline.errors import Interrupted, StageError, UserError
 from pipeline.faces import Face
 from pipeline.source import register_source
-from pipeline.stage import Result, run_stage
+from pipeline.stage import Result, StageRun, run_stage
 from stages import decode, track
 
 
 @pytest.fixture(scope="module", autouse=True)
-def model() -> None:
-    """The landmark model, fetched before the stage works, as a run does."""
+def model() -> Iterator[None]:
+    """The landmark model, fetched before the stage works, as a run does; and no recognition model of the user's."""
     asset_path("face_landmarker")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INSIGHTFACE_HOME", "/nonexistent")
+        yield
 
 
 def tracked(
@@ -165,6 +177,158 @@ def test_of_two_people_the_one_who_stays_is_taken(tmp_path: Path) -> None:
         "person": 2,
         "chosen_by": "longest",
     }
+
+
+PLACE = 130
+"""Pixels for each of several people: the detector misses faces that are small beside the whole picture's width."""
+
+
+def beside(*numbers: int | None, count: int = 12) -> list[Image]:
+    """Frames of people side by side; None leaves a place empty."""
+    wall = np.full((200, PLACE, 3), person_frames(0)[0][0, 0], np.uint8)
+    first = (200 - PLACE) // 2
+    places = [
+        [wall] * count if number is None else [image[:, first : first + PLACE] for image in person_frames(number)]
+        for number in numbers
+    ]
+    return [np.concatenate([place[index] for place in places], axis=1) for index in range(count)]
+
+
+@pytest.mark.parametrize("person", [1, 2, 3])
+def test_a_person_is_chosen_by_number_from_the_left(tmp_path: Path, person: int) -> None:
+    result, arrays = tracked(tmp_path, beside(2, 0, 1), person=person)
+    middle = arrays["boxes"][:, [0, 2]].mean(axis=1)
+    assert arrays["detected"].all()
+    assert (middle // PLACE == person - 1).all()
+    assert f"3 faces are in view, numbered from the left in frame 0: person {person} was taken, as asked for" in (
+        result.verdict.text
+    )
+    assert (result.metrics["person"], result.metrics["chosen_by"]) == (person, "number")
+
+
+def test_a_number_that_nobody_has_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        tracked(tmp_path, [*beside(0, None, None), *beside(2, 0, 1)], person=7)
+    assert caught.value.what == "There is no person 7: at most 3 faces at a time can be tracked, first in frame 12."
+    assert caught.value.fix == "choose from --person 1 to 3, numbered from the left"
+    with pytest.raises(StageError) as caught:
+        tracked(tmp_path / "fewer", beside(2, 0, 1), person=3, max_faces=2)
+    assert "at most 2 faces" in caught.value.what
+    assert caught.value.fix.endswith("; to look for more faces: --set track.max_faces=4")
+
+
+def test_one_who_leaves_and_returns_elsewhere_is_one_person(tmp_path: Path) -> None:
+    images = [*beside(0, None), *beside(None, None, count=40), *beside(None, 0)]
+    _, arrays = tracked(tmp_path / "alone", images)
+    assert np.flatnonzero(arrays["detected"]).tolist() == [*range(12), *range(52, 64)]
+    assert not np.isnan(arrays["landmarks"]).any()
+    images = [*beside(0, 1, None, count=16), *beside(None, 1, None, count=20), *beside(None, 1, 0)]
+    _, arrays = tracked(tmp_path / "beside", images, person=1)
+    assert np.flatnonzero(arrays["detected"]).tolist() == [*range(16), *range(36, 48)]
+    assert (arrays["boxes"][36:, 0] > 2 * PLACE).all(), "not the one who stayed"
+
+
+def test_after_a_cut_the_subject_is_found_and_others_are_left_out(tmp_path: Path) -> None:
+    shots = [0] * 12 + [1] * 20 + [2] * 12 + [3] * 12
+    images = [*beside(0, None), *beside(None, 1, count=20), *beside(2, 0), *beside(None, 0)]
+    result, arrays = tracked(tmp_path / "all", images, shots=shots)
+    numbers = arrays["shots"]
+    assert numbers.tolist() == shots
+    assert not arrays["detected"][numbers == 1].any(), "the longest shot is somebody else's"
+    assert not arrays["usable"][numbers == 1].any()
+    assert arrays["detected"][numbers != 1].all()
+    assert (arrays["boxes"][numbers == 0, 2] < PLACE).all()
+    assert (arrays["boxes"][numbers >= 2, 0] > PLACE).all()
+    assert not np.isnan(arrays["landmarks"]).any()
+    assert "the subject is in 3 of 4 shots, not in frames 12-31" in result.verdict.text
+    assert "of several faces in 1 shot the one most alike was taken, by colours and proportions alone" in (
+        result.verdict.text
+    )
+    assert (result.metrics["shots"], result.metrics["shots_with_subject"]) == (4, 3)
+    _, alone = tracked(tmp_path / "alone", images[:12])
+    for name in ("landmarks", "landmarks_raw", "blendshapes", "usable", "occluded", "confidence"):
+        np.testing.assert_array_equal(
+            arrays[name][:12], alone[name], err_msg=f"{name}: shots know nothing of each other"
+        )
+
+
+def test_a_clip_of_somebody_else_is_used_with_a_warning(tmp_path: Path) -> None:
+    images, numbers = [*person_frames(0)[:14], *person_frames(2)[:12]], [0] * 14 + [1] * 12
+    result, arrays = tracked(tmp_path / "two", images, shots=numbers, clips=numbers)
+    assert arrays["detected"].all()
+    assert arrays["clips"].tolist() == numbers
+    assert result.verdict.level == "fair"
+    assert "frames 14-25 of '1.mp4' may show another person, told by colours and proportions alone" in (
+        result.verdict.text
+    )
+    images = [*person_frames(0)[:14], *person_frames(0)[14:]]
+    result, _ = tracked(tmp_path / "one", images, shots=[0] * 14 + [1] * 10, clips=[0] * 14 + [1] * 10)
+    assert "another person" not in result.verdict.text
+
+
+def test_the_padding_of_a_smaller_clip_is_outside_the_picture(tmp_path: Path) -> None:
+    cut = []
+    for image in person_frames(0)[:12]:
+        black = np.zeros_like(image)
+        black[:, :90] = image[:, :90]
+        cut.append(black)
+    images, numbers = [*person_frames(0)[:12], *cut], [0] * 12 + [1] * 12
+    _, arrays = tracked(tmp_path, images, shots=numbers, clips=numbers, contents=[(200, 200), (90, 200)])
+    second = slice(12, 24)
+    assert arrays["usable"][:12].all()
+    assert (arrays["off_frame"] | ~arrays["detected"])[second].all()
+
+
+@pytest.fixture
+def recognition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a recognition model."""
+    monkeypatch.setenv("INSIGHTFACE_HOME", str(tmp_path / "insightface"))
+    return write_recognition_model(tmp_path / "insightface/models/buffalo_s/w600k_mbf.onnx")
+
+
+def with_photo(folder: Path, images: list[Image], photo: Image) -> tuple[StageRun, str]:
+    """A run of a subject whose source holds a photograph."""
+    from pipeline.video import write_video
+
+    subject = decoded_subject(folder / "ada", images)
+    subject.work.mkdir()
+    write_video(folder / "clip.mp4", images, 25)
+    cv2.imwrite(str(folder / "photo.png"), photo[..., ::-1])
+    register_source(subject, [folder / "clip.mp4"], folder / "photo.png")
+    sha = sha256_file(folder / "photo.png")
+    return stage_run(subject, folder / "work", Config(track=TrackConfig(like=sha))), sha
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_person_is_chosen_by_a_photograph(tmp_path: Path, recognition: Path, place: int) -> None:
+    run, _ = with_photo(tmp_path, beside(0, 1), person_frames(place)[20])
+    result = track.track(run)
+    with np.load(run.work / "track.npz") as file:
+        assert (file["boxes"][:, 0] // PLACE == place).all()
+    assert (result.metrics["person"], result.metrics["chosen_by"]) == (place + 1, "photograph")
+    assert result.metrics["recognition"] == "buffalo_s/w600k_mbf.onnx"
+    assert f"person {place + 1} was taken, by the photograph" in result.verdict.text
+
+
+def test_a_photograph_of_nobody_there_is_refused(tmp_path: Path, recognition: Path) -> None:
+    run, _ = with_photo(tmp_path, beside(0, None), person_frames(1)[20])
+    with pytest.raises(StageError, match="Nobody in 'ada' looks like the photograph: the most alike of 1 face reaches"):
+        track.track(run)
+
+
+def test_a_photograph_that_went_missing_is_named(tmp_path: Path, recognition: Path) -> None:
+    run, sha = with_photo(tmp_path, beside(0, None), person_frames(0)[20])
+    (run.subject.source / f"like-{sha[:12]}.png").unlink()
+    with pytest.raises(UserError, match="The photograph that tells which person of 'ada' is meant is missing"):
+        track.track(run)
+
+
+def test_with_a_model_another_persons_clip_is_left_out(tmp_path: Path, recognition: Path) -> None:
+    numbers = [0] * 14 + [1] * 12
+    images = [*person_frames(0)[:14], *person_frames(1)[:12]]
+    result, arrays = tracked(tmp_path, images, shots=numbers, clips=numbers)
+    assert arrays["detected"].tolist() == [True] * 14 + [False] * 12
+    assert "1 shot with somebody else left out, told by buffalo_s/w600k_mbf.onnx" in result.verdict.text
 
 
 def test_a_small_face_is_found_in_crops(tmp_path: Path) -> None:
