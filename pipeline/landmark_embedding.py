@@ -16,14 +16,35 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.errors import StageError
 from pipeline.faces import Detector
 from pipeline.geometry import make_rigid, project_points, rotvec_to_matrix, transform_points
 from pipeline.heads import HeadModel
 from pipeline.mesh_render import rasterize_mesh
 from pipeline.synthetic import FACING, Look, render_head
 
+EMBEDDING_VERSION = 1
+RENDERS = 240
 SIZE = 512
 IRIS = slice(468, 478)
+
+
+def find_landmarks(
+    head: HeadModel, detector: Detector, renders: int | None = None, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """The embedding of `embed`, over `renders` (`RENDERS`) random renders; the same for the same head and seed.
+
+    Raises:
+        StageError: MediaPipe sees no face in most of the renders, or a landmark never on the head.
+    """
+    count = renders or RENDERS
+    found = render_and_detect(head, detector, count, np.random.default_rng(seed))
+    if len(found) < count / 2:
+        raise StageError(
+            f"MediaPipe sees a face in {len(found)} of {count} renders of the head model {head.name}.",
+            "the file may hold another mesh than its name says; get it again from its publisher",
+        )
+    return embed(head, found)
 
 
 @dataclass(frozen=True)
@@ -97,7 +118,7 @@ def embed(head: HeadModel, renders: list[Render]) -> dict[str, np.ndarray]:
     """The embedding: `faces` [478], `bary` [478, 3], `spread` [478] in metres, and `hits` [478], counts.
 
     Raises:
-        RuntimeError: a landmark never hit the surface it may lie on.
+        StageError: a landmark never hit the surface it may lie on.
     """
     inside = np.zeros(len(head.template), dtype=bool)
     for name in ("eyes", "eye_sockets", "teeth", "tongue", "mouth_interior", "torso"):
@@ -119,7 +140,10 @@ def embed(head: HeadModel, renders: list[Render]) -> dict[str, np.ndarray]:
     chosen_faces, chosen_bary, spread = [], [], []
     for landmark, candidates in enumerate(hits):
         if not candidates:
-            raise RuntimeError(f"landmark {landmark} never hit the head in {len(renders)} renders")
+            raise StageError(
+                f"Landmark {landmark} never hit the head model {head.name} in {len(renders)} renders.",
+                "the file may hold another mesh than its name says; get it again from its publisher",
+            )
         faces = np.array([face for face, _ in candidates])
         bary = np.stack([weights for _, weights in candidates])
         medians = np.median(prediction_errors(head, renders, faces, bary, landmark), axis=1)

@@ -1,14 +1,15 @@
 """Head models behind one interface: a template with linear identity and expression shapes, a neck and two eyes.
 
-`load_head("anny")` gives the default. All head models use the head frame of `docs/conventions.md`: x towards the
+`load_head("anny")` gives the default, which comes with the program; FLAME and GNM are the user's own files
+(`docs/heads.md`). All head models use the head frame of `docs/conventions.md`: x towards the
 subject's left, y up, z out of the face, metres, origin at the head joint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from pipeline.geometry import rotvec_to_matrix
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from pipeline.heads.external import HeadFile
 
 JOINTS = ("head", "torso", "eye_left", "eye_right")
 
@@ -83,6 +86,14 @@ class HeadModel:
     """[478, 3] where in that face."""
     landmark_spread: NDArray[np.float32]
     """[478] metres: how far MediaPipe's landmark wanders over the head as pose and expression change (median)."""
+    expression_to_native: NDArray[np.float32] | None = None
+    """[52, N] each expression as coefficients of the model's own controls, `native_names`; None where they are its own.
+    """
+    native_names: tuple[str, ...] = ()
+    transfer_error: NDArray[np.float32] | None = None
+    """[52] metres, RMS over what the expression moves: how far the model stays from anny's expression."""
+    transfer_scale: float = 0.0
+    """Metres, RMS of the 52 wanted displacements, to compare `transfer_error` with."""
 
     def vertices(self, identity: Tensor, expression: Tensor, neck: Tensor, eyes: Tensor) -> Tensor:
         """Vertices [T, V, 3] in the head frame: the skull stays, the torso and the eyes turn.
@@ -136,14 +147,56 @@ class HeadModel:
         return torch.stack(rotvecs, 1)
 
 
-def load_head(name: str) -> HeadModel:
-    """The head model of that name.
+def load_head(name: str, report: Callable[[str], None] | None = None) -> HeadModel:
+    """The head model of that name: one of `head_names()`, or "flame" for the most recent FLAME that is there.
+
+    The first use of a user's file takes a minute or two and is cached; `report` (the log without one) announces it.
 
     Raises:
-        UserError: there is no such head model.
+        UserError: there is no such head model, or its file is missing (where to get it and where it goes), or is
+            another file (which array is wrong), or holds more than arrays.
+        StageError: a new file needs MediaPipe's model, and that cannot be had.
     """
     if name == "anny":
         from pipeline.heads.anny import load_anny
 
         return load_anny()
-    raise UserError(f'There is no head model "{name}".', 'Choose "anny".')
+    from pipeline.heads.external import load_external
+
+    files = _external_files()
+    if name == "flame":
+        flames = [file for file in files.values() if file.name.startswith("flame")]
+        name = next((file.name for file in flames if file.path.is_file()), "")
+        if not name:
+            ways = "\n     or: ".join(file.missing() for file in flames)
+            raise UserError("No FLAME head model is on this machine.", ways)
+    if name not in files:
+        raise UserError(f'There is no head model "{name}".', f"choose one of: {', '.join((*head_names(), 'flame'))}")
+    return load_external(files[name], report)
+
+
+def head_names() -> tuple[str, ...]:
+    """The names of all head models, whether or not their files are there."""
+    return ("anny", *_external_files())
+
+
+def list_heads() -> list[dict[str, Any]]:
+    """The head models that need a file of the user's, as plain data, with whether it is there."""
+    return [
+        {
+            "name": file.name,
+            "about": file.title,
+            "licence": file.licence,
+            "page": file.page,
+            "path": str(file.path),
+            "state": "ready" if file.path.is_file() else "missing",
+        }
+        for file in _external_files().values()
+    ]
+
+
+def _external_files() -> dict[str, HeadFile]:
+    from pipeline.heads.flame import FLAME_FILES
+    from pipeline.heads.gnm import GNM_FILE
+
+    return {file.name: file for file in (*FLAME_FILES, GNM_FILE)}
