@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.errors import UserError
 
 Preset = Literal["quick", "standard", "best"]
+Head = Literal["anny", "flame", "flame2023open", "flame2023", "flame2020", "gnm"]
 PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
 
 
@@ -76,8 +77,8 @@ class MatteConfig(Section):
 class FitConfig(Section):
     """From landmarks to a fitted head: camera, identity, poses and expressions of the whole clip."""
 
-    head: Literal["anny"] = "anny"
-    """The head model."""
+    head: Head = "anny"
+    """The head model; all but anny need a file of yours, flame takes the most recent FLAME that is there."""
     focal_prior: float = Field(1.4, gt=0.3, lt=10)
     """Expected focal length in units of the frame's longer side; a talking head hardly shows it."""
     crop_margin: float = Field(0.35, ge=0, le=2)
