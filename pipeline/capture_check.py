@@ -55,7 +55,7 @@ from pipeline.picture_quality import (
     histogram_change,
     lost_octaves,
 )
-from pipeline.source import check_source
+from pipeline.source import check_sources
 from pipeline.video import Frame, VideoInfo, sample_frames
 
 SAMPLES = 60
@@ -150,7 +150,7 @@ def check_captures(videos: Sequence[Path]) -> Iterator[Finding]:
         UserError: one cannot be read or is too small.
         StageError: the face tracker's model or libraries are missing.
     """
-    infos = [check_source(video) for video in videos]
+    infos = check_sources(videos)
     looks = []
     with Detector(asset_path(FACE_LANDMARKER), max_faces=MAX_FACES) as detector:
         for video, info in zip(videos, infos, strict=True):

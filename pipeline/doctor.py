@@ -7,11 +7,11 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import HeadcastError
-from pipeline.finding import Finding, Level
+from pipeline.finding import Finding, Level, worst
 
 # Distributions whose version matters, and the one that constraints.txt pins.
 _PINNED = {
@@ -26,18 +26,22 @@ _MEMORY_GB = 3.0
 _DISK_GB = 2.0
 
 
-def examine(data: Path, needed: Collection[str], video: Path | None = None) -> list[Finding]:
-    """Look at the machine, the installation, the `needed` assets, the data folder, and a video if one is named."""
+def examine(data: Path, needed: Collection[str], videos: Sequence[Path] | Path | None = ()) -> list[Finding]:
+    """Look at the machine, the installation, the `needed` assets, the data folder, and one subject's videos if named.
+
+    What is said of the videos comes last, and the verdict on them at its end.
+    """
+    clips = [videos] if isinstance(videos, Path) else list(videos or ())
     findings = [
         *_packages(),
         *_system_libraries(),
         *_machine(),
         *_assets(needed),
-        _head_model(),
+        *_head_models(),
         _rasteriser(),
         _data_folder(data),
     ]
-    return [*findings, *_video(video)] if video is not None else findings
+    return [*findings, *_videos(clips)] if clips else findings
 
 
 def _packages() -> Iterator[Finding]:
@@ -104,14 +108,19 @@ def _assets(needed: Collection[str]) -> Iterator[Finding]:
             )
 
 
-def _head_model() -> Finding:
-    from pipeline.heads import load_head
+def _head_models() -> Iterator[Finding]:
+    """The embedded head model, and which of the user's are there; none of these is needed."""
+    from pipeline.heads import list_heads, load_head
 
     try:
         head = load_head("anny")
     except (HeadcastError, OSError, ValueError) as error:
-        return Finding("blocked", f"the head model cannot be loaded: {error}", "make setup")
-    return Finding("fine", f"head model {head.name} {head.version}: {len(head.template)} vertices")
+        yield Finding("blocked", f"the head model cannot be loaded: {error}", "make setup")
+    else:
+        yield Finding("fine", f"head model {head.name} {head.version}: {len(head.template)} vertices")
+    for known in list_heads():
+        if known["state"] == "ready":
+            yield Finding("fine", f"head model {known['name']}: {known['about']}, '{known['path']}'")
 
 
 def _rasteriser() -> Finding:
@@ -146,10 +155,16 @@ def _data_folder(data: Path) -> Finding:
     return Finding("fine", f"the data folder '{data}' can be written, {free:.0f} GB free")
 
 
-def _video(video: Path) -> Iterator[Finding]:
-    from pipeline.capture_check import check_capture
+def _videos(videos: Sequence[Path]) -> Iterator[Finding]:
+    from pipeline.capture_check import capture_verdict, check_captures
 
+    found: list[Finding] = []
     try:
-        yield from check_capture(video)
+        for finding in check_captures(videos):
+            found.append(finding)
+            yield finding
     except HeadcastError as error:
         yield Finding("blocked", error.what, error.fix)
+        return
+    what = f"{'these videos are' if len(videos) > 1 else 'this video is'} {capture_verdict(found)}"
+    yield Finding(worst(found), what)

@@ -59,8 +59,8 @@ def face_detail(grey: NDArray[np.uint8], box: NDArray[np.floating]) -> float:
 def lost_octaves(grey: NDArray[np.uint8]) -> float:
     """How often a picture [H, W] of a face could be halved without losing detail: 0 in focus, 1 for half its size.
 
-    In natural pictures every octave of detail has about as much contrast as the next; blur, scaling up and strong
-    compression take the finest away. Noise passes for detail, so this is no more than an upper limit of sharpness.
+    In natural pictures every octave of detail has nearly as much contrast as the next; blur and strong compression take
+    the finest away. Noise and what scaling up makes of edges pass for detail in part, so a picture may hold less yet.
     """
     import cv2
 

@@ -255,71 +255,107 @@ def sample_frames(path: Path, count: int, *, threads: int = 2) -> Iterator[Frame
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
         rate = float(stream.average_rate or stream.guessed_rate or IMAGE_FOLDER_FPS)
         start = float((stream.start_time or 0) * stream.time_base)
-        seconds = float(container.duration or 0) / 1_000_000 or count / 2
+        if not container.duration:
+            every = max(1, round(rate / 2))
+            frames = read_frames(path, threads=threads)
+            yield from itertools.islice(frames, 0, every * count, every)
+            return
+        seconds = float(container.duration) / 1_000_000
         targets = [start + (place + 0.5) * seconds / count for place in range(count)]
-        spans: dict[float, list[float]] = {}
+        spans: dict[float, tuple[float, list[float]]] = {}
         for target in targets:
-            spans.setdefault(min(_key_time(container, stream, target, start), target), []).append(target)
+            key, entry = _key_before(container, stream, target, start)
+            spans.setdefault(key, (entry, []))[1].append(target)
         # A key frame and the few that the decoder is ahead of what it shows are decoded in any case.
         afford = SAMPLE_BUDGET / max(1, stream.width * stream.height) - 4 * len(spans)
-        asked = rate * sum(span[-1] - key for key, span in spans.items())
+        asked = rate * sum(span[-1] - key for key, (_, span) in spans.items())
         if asked > afford:
             # Frames that no other needs are up to half of a file's and need not be decoded to reach the rest.
             stream.codec_context.skip_frame = "NONREF"
         share = min(1.0, max(0.0, afford) / max(1.0, asked))
-        last = -math.inf
-
-        def shown(frame: Any, time: float) -> Frame:
-            turn, aspect = _display_turn(frame), _pixel_aspect(stream, frame)
-            return _VideoFrame(max(0, round((time - start) * rate)), max(0.0, time - start), frame, turn, aspect)
-
-        for key, span in spans.items():
+        shown = -math.inf
+        for key, (entry, span) in spans.items():
             wanted = [key + share * (target - key) for target in span]
             spare: tuple[Any, float] | None = None
-            for frame in _decode_span(container, stream, key, wanted[-1]):
-                # A frame that is drained from the decoder has its stamp, but no `time`.
-                time = float(frame.pts * stream.time_base) if frame.pts is not None else last + 1 / rate
-                if time <= last:
-                    continue
-                if wanted and time >= wanted[0] - 0.5 / rate:
-                    wanted = [later for later in wanted if later > time + 0.5 / rate]
-                    last, spare = time, None
-                    yield shown(frame, time)
-                else:
+            for frame, time in _decode_span(container, stream, key, entry, wanted[-1], 1 / rate):
+                if time > shown:
                     spare = frame, time
+                    if wanted and time >= wanted[0] - 0.5 / rate:
+                        wanted = [later for later in wanted if later > time + 0.5 / rate]
+                        shown, spare = time, None
+                        yield _sample(stream, frame, time - start, rate)
             if wanted and spare is not None:
-                last = spare[1]
-                yield shown(*spare)
-        if last == -math.inf:
+                shown = spare[1]
+                yield _sample(stream, spare[0], shown - start, rate)
+        if shown == -math.inf:
             raise UserError(f"No frame of '{path}' can be decoded.", "check that it plays, and copy or record it again")
 
 
-def _key_time(container: Any, stream: Any, time: float, start: float) -> float:
-    """Time of the key frame from which `time` is reached; the start where the file cannot be searched."""
+def _sample(stream: Any, frame: Any, time: float, rate: float) -> Frame:
+    turn, aspect = _display_turn(frame), _pixel_aspect(stream, frame)
+    return _VideoFrame(max(0, round(time * rate)), max(0.0, time), frame, turn, aspect)
+
+
+def _key_before(container: Any, stream: Any, time: float, start: float) -> tuple[float, float]:
+    """Time of the key frame from which `time` is reached, and the time to seek to for it to come next.
+
+    Without a key frame before it, that is the file's start.
+    """
     import av
 
-    try:
-        container.seek(int(time / stream.time_base), stream=stream, backward=True)
-        packet = next(container.demux(stream), None)
-    except av.error.FFmpegError:
-        return start
-    return start if packet is None or packet.pts is None else float(packet.pts * stream.time_base)
+    for back in (0.0, 1.0, 4.0, 16.0):
+        entry = time - back
+        try:
+            container.seek(int(entry / stream.time_base), stream=stream, backward=True)
+            found = None
+            for number, packet in enumerate(container.demux(stream)):
+                if packet.pts is None or packet.dts is None or float(packet.dts * stream.time_base) > time:
+                    break
+                key = float(packet.pts * stream.time_base)
+                if packet.is_keyframe and key <= time:
+                    found = key
+                    # With an index, the file is entered at the key frame; without, it may be followed by others.
+                    if number == 0 and not back:
+                        break
+            if found is not None:
+                return found, entry
+        except av.error.FFmpegError:
+            break
+    return start, start - 1
 
 
-def _decode_span(container: Any, stream: Any, key: float, until: float) -> Iterator[Any]:
-    """Decoded frames from a key frame on to about `until`; damaged ones are left out."""
+def _decode_span(
+    container: Any, stream: Any, key: float, entry: float, until: float, step: float
+) -> Iterator[tuple[Any, float]]:
+    """Decoded frames with their times, from a key frame on to about `until`; damaged ones are left out.
+
+    Args:
+        key: time of the key frame.
+        entry: time to seek to.
+        until: when to stop.
+        step: seconds from frame to frame where there are no time stamps.
+    """
     import av
 
+    time, fed, begun = entry - step, entry, False
     try:
-        container.seek(int(key / stream.time_base), stream=stream, backward=True)
-        for packet in container.demux(stream):
+        container.seek(int(entry / stream.time_base), stream=stream, backward=True)
+        for packet in itertools.chain(container.demux(stream), [None]):
+            begun = begun or packet is None or packet.pts is None or float(packet.pts * stream.time_base) >= key - 1e-6
+            stamp = packet and (packet.dts if packet.dts is not None else packet.pts)
+            fed = float(stamp * stream.time_base) if stamp is not None else fed + step
             # A packet comes in the order of decoding, before or with its time of presentation.
-            stamp = packet.dts if packet.dts is not None else packet.pts
-            if stamp is None or float(stamp * stream.time_base) > until + 1e-6:
-                break
-            with contextlib.suppress(av.error.FFmpegError):
-                yield from stream.decode(packet)
-        yield from stream.decode(None)
+            done = packet is None or not packet.size or fed > until + 1e-6
+            frames: list[Any] = []
+            if begun:
+                with contextlib.suppress(av.error.FFmpegError):
+                    frames = stream.decode(None if done else packet)
+            for frame in frames:
+                # A frame that is drained from the decoder has its stamp, but no `time`.
+                time = float(frame.pts * stream.time_base) if frame.pts is not None else time + step
+                yield frame, time
+            if done:
+                return
     except av.error.FFmpegError:
         return
 

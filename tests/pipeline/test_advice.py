@@ -78,7 +78,7 @@ def test_a_well_filmed_clip_gets_no_advice(film: Callable[..., Subject]) -> None
         ({"off_frame": flags(12, 40)}, "Keep the whole head in the picture", "frames 12-40"),
         ({"occluded": flags(0, 59)}, "Keep hands and hair off the face", "frames 0-59"),
         ({"detected": ~flags(200, 259)}, "Stay in view", "No face was found in 20% of the frames: frames 200-259"),
-        ({"boxes": np.tile([10, 10, 98, 110], (FRAMES, 1))}, "Come closer", "88 px wide"),
+        ({"boxes": np.tile([10, 10, 98, 110], (FRAMES, 1))}, "Come closer", "100 px high"),
         ({"blendshapes": closed("jaw")}, "Open the mouth", "0.10 of 1"),
         ({"blendshapes": closed("eyeBlink")}, "Close the eyes", "0.10 of 1"),
         ({"blendshapes": closed("mouthSmile")}, "Smile", "0.10 of 1"),

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline import video
 from pipeline.errors import UserError
-from pipeline.video import image_files, probe, read_frames, simple_rate, to_standard_range, write_video
+from pipeline.video import image_files, probe, read_frames, sample_frames, simple_rate, to_standard_range, write_video
 
 WIDTH, HEIGHT = 96, 64
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 40), (40, 60, 210), (235, 235, 235)
@@ -249,3 +250,83 @@ def test_write_video_refuses_nothing_and_mixed_sizes(tmp_path: Path) -> None:
 )
 def test_rates_are_fractions(given: float, meant: str) -> None:
     assert simple_rate(given) == Fraction(meant)
+
+
+def ramp(path: Path, frames: int, key_every: int) -> Path:
+    """A video at 25 frames a second whose frame number can be read off its grey value."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.options = {"crf": "4", "preset": "veryfast", "g": str(key_every), "sc_threshold": "0", "bf": "2"}
+        for index in range(frames):
+            image = np.full((HEIGHT, WIDTH, 3), 20 + index, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode(None))
+    return path
+
+
+def number(frame: video.Frame) -> float:
+    return float(frame.luma().mean()) - 20
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
+def test_samples_are_spread_and_are_the_frames_that_they_say(tmp_path: Path, suffix: str) -> None:
+    samples = list(sample_frames(ramp(tmp_path / f"a.{suffix}", 200, 30), 20))
+    assert len(samples) == 20
+    numbers = np.array([number(sample) for sample in samples])
+    np.testing.assert_allclose(numbers, np.arange(20) * 10 + 5, atol=3)
+    # AVI has no times of presentation; its frames come as late as the decoder is ahead.
+    np.testing.assert_allclose([sample.time for sample in samples], numbers / 25, atol=0.13)
+    np.testing.assert_allclose([sample.index for sample in samples], numbers, atol=3.5)
+
+
+def test_a_long_clip_is_sampled_without_decoding_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ramp(tmp_path / "a.mp4", 200, 25)
+    decoded = []
+    whole = video._decode_span
+
+    def counted(*arguments: Any) -> Any:
+        for pair in whole(*arguments):
+            decoded.append(pair)
+            yield pair
+
+    monkeypatch.setattr(video, "_decode_span", counted)
+    monkeypatch.setattr(video, "SAMPLE_BUDGET", 60 * WIDTH * HEIGHT)
+    numbers = [number(sample) for sample in sample_frames(path, 24)]
+    assert len(decoded) <= 60
+    assert 16 <= len(numbers) <= 24
+    assert max(np.diff(numbers, prepend=0, append=200)) < 30, "every stretch of the clip is seen"
+    assert np.diff(numbers).min() > 0.5, "no frame comes twice"
+
+
+def test_a_short_clip_gives_every_frame_once(tmp_path: Path) -> None:
+    numbers = [number(sample) for sample in sample_frames(ramp(tmp_path / "a.mp4", 12, 5), 60)]
+    np.testing.assert_allclose(numbers, np.arange(12), atol=1)
+
+
+def test_a_stream_without_length_is_sampled_from_its_start(tmp_path: Path) -> None:
+    numbers = [number(sample) for sample in sample_frames(ramp(tmp_path / "a.h264", 100, 10), 60)]
+    assert len(numbers) >= 5
+    assert (np.diff(numbers) > 0).all()
+
+
+def test_of_a_folder_only_the_sampled_images_are_read(tmp_path: Path) -> None:
+    for index in range(101):
+        (tmp_path / f"{index}.png").write_bytes(b"broken")
+    for index in (0, 50, 100):
+        (tmp_path / f"{index}.png").write_bytes(cv2.imencode(".png", np.full((8, 8, 3), index, np.uint8))[1].tobytes())
+    samples = list(sample_frames(tmp_path, 3))
+    assert [(sample.index, int(sample.rgb()[0, 0, 0]), sample.time) for sample in samples] == [
+        (0, 0, 0.0),
+        (50, 50, 2.0),
+        (100, 100, 4.0),
+    ]
+
+
+def test_sampling_refuses_what_reading_refuses(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"no video " * 99)
+    with pytest.raises(UserError, match="not a video"):
+        next(sample_frames(tmp_path / "a.mp4", 3))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        next(sample_frames(tmp_path / "folder", 3))
