@@ -109,7 +109,7 @@ def _assets(needed: Collection[str]) -> Iterator[Finding]:
 
 
 def _head_models() -> Iterator[Finding]:
-    """The embedded head model, and which of the user's are there; none of these is needed."""
+    """The embedded head model, and those that need a file of the user's."""
     from pipeline.heads import list_heads, load_head
 
     try:
@@ -119,8 +119,12 @@ def _head_models() -> Iterator[Finding]:
     else:
         yield Finding("fine", f"head model {head.name} {head.version}: {len(head.template)} vertices")
     for known in list_heads():
+        named = f"head model {known['name']} ({known['about']})"
         if known["state"] == "ready":
-            yield Finding("fine", f"head model {known['name']}: {known['about']}, '{known['path']}'")
+            yield Finding("fine", f"{named} is there: '{known['path']}'")
+        else:
+            fix = f"if you want it: {known['page']}, to '{known['path']}' ({known['licence']})"
+            yield Finding("fine", f"{named} is not there; nothing needs it", fix)
 
 
 def _rasteriser() -> Finding:
