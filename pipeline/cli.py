@@ -57,8 +57,8 @@ class Run(Common):
     """quick: a minute or two on two cores, 256 px. standard: minutes, 512 px. best: the paper's budget, for a GPU."""
     avatar: Literal["rigged"] = "rigged"
     """The avatar model."""
-    head: Literal["anny"] = "anny"
-    """The head model; anny needs no licence."""
+    head: Literal["anny", "flame", "flame2023open", "flame2023", "flame2020", "gnm"] = "anny"
+    """The head model; anny needs no licence and no file, headcast doctor tells where the others go."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train and render; auto takes a GPU where there is one."""
     first: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None
@@ -93,8 +93,8 @@ class Rerun(Common):
 class Doctor(Common):
     """Check everything the stages will need, before any work. Exit code 0: fine, 1: degraded, 2: blocked."""
 
-    video: tyro.conf.Positional[Path | None] = None
-    """Check this video too: can it be read, is there a face."""
+    videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[VIDEO...]")] = ()
+    """Check these clips of one person too: is the face large, sharp and lit, does it turn and speak."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def _doctor(command: Doctor) -> tuple[dict[str, Any], str, int]:
     from pipeline.finding import LEVELS, worst
     from stages import STAGES
 
-    findings = examine(command.data, {name for stage in STAGES for name in stage.assets}, command.video)
+    findings = examine(command.data, {name for stage in STAGES for name in stage.assets}, command.videos)
     lines = [f"{f.level:<9}{f.what}" + (f"\n         -> {f.fix}" if f.fix else "") for f in findings]
     level = worst(findings)
     document = {"schema": 1, "level": level, "findings": [vars(finding) for finding in findings]}

@@ -38,8 +38,10 @@ SAME_COLOURS, SAME_SHAPE = 0.7, 0.009
 
 Seen on six clips of six people: colours agree to 0.97 and more within a recording, between people to 0.64 at most;
 proportions differ by 0.002 to 0.010 within a recording, by 0.005 to 0.017 between people."""
-SAME_RECORDING = 0.85
-"""Agreement of the colours from which two faces of one clip are the same person's."""
+OTHER_COLOURS, SAME_RECORDING = 0.6, 0.85
+"""Agreement of the colours below which two faces of one clip are different people's, and from which one person's.
+
+A person who comes back in other clothes and light falls under the first; the avatar is better off without."""
 ARCFACE_POINTS = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 ARCFACE_SIDE = 112
 """Where ArcFace wants the eyes, the tip of the nose and the corners of the mouth, in a picture of this side."""
@@ -174,17 +176,23 @@ def likeness(a: Portrait, b: Portrait) -> float:
     return colours_agree(a, b) - 0.25 * shapes_apart(a, b) / SAME_SHAPE
 
 
-def different(a: Portrait, b: Portrait) -> bool:
-    """Whether two faces are of different people for all that can be told; without embeddings that is often not much."""
+def different(a: Portrait, b: Portrait, *, one_clip: bool) -> bool:
+    """Whether two faces are of different people for all that can be told; without embeddings that is often not much.
+
+    Args:
+        a, b: the faces.
+        one_clip: they are seen in one clip, where light and clothes are supposed to stay.
+    """
     if a.embedding is not None and b.embedding is not None:
         return float(a.embedding @ b.embedding) < SAME_EMBEDDING
-    return colours_agree(a, b) < SAME_COLOURS and shapes_apart(a, b) > SAME_SHAPE
+    colours = colours_agree(a, b)
+    return (one_clip and colours < OTHER_COLOURS) or (colours < SAME_COLOURS and shapes_apart(a, b) > SAME_SHAPE)
 
 
 def surely_same(a: Portrait, b: Portrait) -> bool:
     """Whether two faces of one clip are the same person's beyond doubt; without embeddings, light and clothes count."""
     if a.embedding is not None and b.embedding is not None:
-        return not different(a, b)
+        return not different(a, b, one_clip=True)
     return colours_agree(a, b) >= SAME_RECORDING
 
 

@@ -200,7 +200,7 @@ def _find_subject(run: StageRun, frames: FrameSet, tracks: list[Track]) -> Subje
             reference = portraits.of(chosen)
             first = max(there, key=lambda one: likeness(reference, portraits.of(one)))
             same_clip = frames.clips[first.last] == frames.clips[chosen.last]
-            if different(reference, portraits.of(first)):
+            if different(reference, portraits.of(first), one_clip=bool(same_clip)):
                 # A clip that is given is meant to show the subject; only a recognition model says for sure it does not.
                 if same_clip or recognizer is not None:
                     subject.others.append(shot)
@@ -423,7 +423,7 @@ def _with_returns(subject: Track, tracks: list[Track], portraits: Portraits) -> 
             closest = max(likeness(its, portraits.of(rival)) for rival in rivals)
             same = (same or surely_same(mine, its)) and likeness(mine, its) > closest
         elif not same:
-            same = not different(portraits.of(subject), portraits.of(other))
+            same = not different(portraits.of(subject), portraits.of(other), one_clip=True)
         if same:
             whole.faces.update(other.faces)
     return whole

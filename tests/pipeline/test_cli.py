@@ -92,6 +92,24 @@ def test_bad_options_are_refused_before_any_work(tmp_path: Path, options: list[s
     assert not (tmp_path / "data").exists()
 
 
+def test_bad_sets_of_clips_are_refused_before_any_work(tmp_path: Path) -> None:
+    clip, other = video(tmp_path / "clip.mp4"), video(tmp_path / "other.mp4", frames=14)
+    photo = _write(tmp_path / "photo.jpg", b"no photograph")
+    for arguments, message in (
+        ([clip, clip], "clip.mp4' is given twice"),
+        ([clip, tmp_path / "gone.mp4"], "There is no file"),
+        ([clip, other, "--set", "decode.end_seconds=1"], "name a span of one clip; 2 clips are given"),
+        ([clip, "--person", "0"], "track.person=0 does not fit"),
+        ([clip, "--like", tmp_path / "gone.jpg"], "gone.jpg' cannot be read"),
+        ([clip, "--like", photo], "buffalo_l/w600k_r50.onnx"),
+        ([photo], "is a single image"),
+    ):
+        done = headcast("run", *arguments, cwd=tmp_path, INSIGHTFACE_HOME=str(tmp_path))
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def test_json_error_is_one_document(tmp_path: Path) -> None:
     done = headcast("run", "missing.mp4", "--json", cwd=tmp_path)
     assert done.returncode == 2
@@ -133,6 +151,9 @@ def test_asset_with_a_wrong_hash_blocks_the_doctor(tmp_path: Path) -> None:
 @pytest.mark.prefect
 def test_nobody_in_view_fails_the_track_stage_and_keeps_the_rest(tmp_path: Path) -> None:
     clip = video(tmp_path / "clip.mp4")
+    done = headcast("run", clip, cwd=tmp_path)
+    assert (done.returncode, "error: The capture check says: " in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "data" / "clip").exists()
     done = headcast("run", clip, "--no-check", "--json", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "face" in json.loads(done.stdout)["error"]["what"]

@@ -1,7 +1,8 @@
-"""Registering a source: checked, linked, told apart by its bytes, replaced in one step."""
+"""Registering clips as a source: checked, linked, told apart by its bytes, replaced in one step."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,16 @@ import pytest
 from pipeline import source
 from pipeline.dataset import Dataset, Subject, sha256_file
 from pipeline.errors import UserError
-from pipeline.source import register_source, source_paths
+from pipeline.source import (
+    check_sources,
+    has_photo,
+    is_registered,
+    photo_path,
+    register_photo,
+    register_source,
+    source_names,
+    source_paths,
+)
 from pipeline.stage import source_digest
 from pipeline.video import write_video
 
@@ -133,3 +143,93 @@ def test_a_file_that_is_no_video_leaves_nothing(tmp_path: Path, subject: Subject
     with pytest.raises(UserError, match=r"is empty|is not a video"):
         register_source(subject, [tmp_path / "bad.mp4"])
     assert not subject.source.exists()
+
+
+def test_several_clips_are_kept_in_order(tmp_path: Path, subject: Subject) -> None:
+    (tmp_path / "old").mkdir()
+    first, second, third = video(tmp_path / "a.mp4"), video(tmp_path / "old/a.mp4", 120), video(tmp_path / "b.mp4", 150)
+    record = register_source(subject, [first, second])
+    assert [clip["file"] for clip in record["clips"]] == ["a.mp4", "a-2.mp4"]
+    assert source_names(subject) == ["a.mp4", "a.mp4"]
+    assert [path.samefile(given) for path, given in zip(source_paths(subject), [first, second], strict=True)] == [
+        True
+    ] * 2
+    assert is_registered(subject, [first, second])
+    assert not is_registered(subject, [first])
+    digests = {record["sha256"]}
+    for clips in ([second, first], [first, second, third], [first]):
+        digests.add(register_source(subject, clips)["sha256"])
+        assert [path.samefile(clip) for path, clip in zip(source_paths(subject), clips, strict=True)] == [True] * len(
+            clips
+        )
+    assert len(digests) == 4, "another clip, and another order, is another source"
+    assert register_source(subject, [first, second])["sha256"] == record["sha256"]
+
+
+def test_known_clips_are_not_read_again_beside_a_new_one(
+    tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = video(tmp_path / "a.mp4"), video(tmp_path / "b.mp4", 150)
+    register_source(subject, [first])
+    read: list[Path] = []
+    monkeypatch.setattr(source, "sha256_file", lambda path: read.append(path) or sha256_file(path))
+    register_source(subject, [first, second])
+    assert [path.name for path in read if path.name == "a.mp4"] == []
+
+
+def test_a_clip_given_twice_is_refused(tmp_path: Path, subject: Subject) -> None:
+    path = video(tmp_path / "a.mp4")
+    with pytest.raises(UserError, match=r"'.*a\.mp4' is given twice\."):
+        check_sources([path, path])
+    shutil.copy(path, tmp_path / "copy.mp4")
+    with pytest.raises(UserError, match=r"'.*a\.mp4' and '.*copy\.mp4' are the same clip\.") as caught:
+        register_source(subject, [path, tmp_path / "copy.mp4"])
+    assert caught.value.fix == "name each clip once"
+    assert not subject.source.exists()
+
+
+def test_a_missing_second_clip_is_named_before_anything_is_taken(tmp_path: Path, subject: Subject) -> None:
+    with pytest.raises(UserError, match=r"There is no file '.*gone\.mp4'"):
+        register_source(subject, [video(tmp_path / "a.mp4"), tmp_path / "gone.mp4"])
+    assert not subject.source.exists()
+
+
+def test_a_single_photograph_is_no_clip(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "anna.JPG", tmp_path / "folder" / "anna.png"):
+        cv2.imwrite(str(path), np.full((90, 90, 3), 99, np.uint8))
+    for given in (tmp_path / "anna.JPG", tmp_path / "folder"):
+        with pytest.raises(UserError) as caught:
+            check_sources([given])
+        assert caught.value.what == f"'{given}' is a single image; an avatar needs a head that moves."
+        assert "--like PHOTO" in caught.value.fix
+
+
+def test_a_record_of_one_clip_as_it_was_written_before_is_read(tmp_path: Path, subject: Subject) -> None:
+    path = video(tmp_path / "a.mp4")
+    record = register_source(subject, [path])
+    (subject.source / "source.json").write_text(json.dumps({"schema": 1, **record["clips"][0]}))
+    assert is_registered(subject, [path])
+    assert [p.name for p in source_paths(subject)] == ["a.mp4"]
+    assert source_digest(subject) == record["sha256"]
+
+
+def test_a_photograph_is_kept_with_the_clips(tmp_path: Path, subject: Subject) -> None:
+    clip, other = video(tmp_path / "a.mp4"), video(tmp_path / "b.mp4", 150)
+    photos = [tmp_path / "anna.JPG", tmp_path / "anna.png"]
+    for path in photos:
+        cv2.imwrite(str(path), np.full((90, 90, 3), 99, np.uint8))
+    shas = [sha256_file(path) for path in photos]
+    before = register_source(subject, [clip])
+    record = register_source(subject, [clip], photos[0])
+    assert record["sha256"] == before["sha256"], "the frames do not depend on it"
+    assert photo_path(subject, shas[0]).read_bytes() == photos[0].read_bytes()
+    register_source(subject, [other])
+    assert has_photo(subject, shas[0]), "it stays when the clips change"
+    register_photo(subject, photos[1])
+    assert has_photo(subject, shas[1])
+    assert sorted(p.name for p in subject.source.iterdir()) == ["b.mp4", f"like-{shas[1][:12]}.png", "source.json"]
+    photo_path(subject, shas[1]).write_bytes(b"another")
+    with pytest.raises(UserError, match="is missing or was changed") as caught:
+        photo_path(subject, shas[1])
+    assert "give it again: headcast run VIDEO --like PHOTO" in caught.value.fix

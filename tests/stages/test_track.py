@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from pipeline.errors import Interrupted, StageError, UserError
 from pipeline.faces import Face
 from pipeline.source import register_source
 from pipeline.stage import Result, StageRun, run_stage
+from pipeline.video import read_frames
 from stages import decode, track
 
 
@@ -329,6 +331,40 @@ def test_with_a_model_another_persons_clip_is_left_out(tmp_path: Path, recogniti
     result, arrays = tracked(tmp_path, images, shots=numbers, clips=numbers)
     assert arrays["detected"].tolist() == [True] * 14 + [False] * 12
     assert "1 shot with somebody else left out, told by buffalo_s/w600k_mbf.onnx" in result.verdict.text
+
+
+@pytest.fixture(scope="module")
+def real(clips: Path) -> Callable[[str, int, int], list[Image]]:
+    """Frames [320, 320, 3] of a real clip, from one to another."""
+
+    def cut_out(name: str, first: int, last: int) -> list[Image]:
+        images = []
+        for frame in itertools.islice(read_frames(clips / f"{name}.mp4"), first, last):
+            image = frame.rgb()
+            side = min(image.shape[:2])
+            top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+            square = image[top : top + side, left : left + side]
+            images.append(np.asarray(cv2.resize(square, (320, 320), interpolation=cv2.INTER_AREA), np.uint8))
+        return images
+
+    return cut_out
+
+
+def test_real_people_are_told_apart_across_cuts(tmp_path: Path, real: Callable[[str, int, int], list[Image]]) -> None:
+    shots = [("d18", 0, 24), ("d20", 0, 40), ("d18", 60, 84), ("d10", 0, 30), ("d18", 120, 144), ("d0", 0, 20)]
+    images = [image for shot in shots for image in real(*shot)]
+    numbers = [number for number, (_, first, last) in enumerate(shots) for _ in range(first, last)]
+    _, arrays = tracked(tmp_path, images, shots=numbers)
+    assert arrays["detected"].tolist() == [shots[number][0] == "d18" for number in numbers]
+
+
+@pytest.mark.parametrize("person", [1, 2, 3])
+def test_real_people_side_by_side(tmp_path: Path, real: Callable[[str, int, int], list[Image]], person: int) -> None:
+    rows = zip(*(real(name, 0, 12) for name in ("d18", "d20", "d10")), strict=True)
+    result, arrays = tracked(tmp_path, [np.concatenate(row, axis=1) for row in rows], person=person)
+    assert arrays["detected"].all()
+    assert (arrays["boxes"][:, [0, 2]].mean(axis=1) // 320 == person - 1).all()
+    assert result.metrics["people"] == 3
 
 
 def test_a_small_face_is_found_in_crops(tmp_path: Path) -> None:
