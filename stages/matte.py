@@ -111,7 +111,7 @@ class Network:
         path = self._file(index, padding)
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            save_image(path, self._shown(self._frames.image(index), padding))
+            save_image(path, self._seen(index, padding))
         return _read_grey(path)
 
     def ask(self, wanted: list[tuple[int, float]]) -> None:
@@ -154,6 +154,14 @@ class Network:
 
     def _file(self, index: int, padding: float) -> Path:
         return self._run.scratch / f"raw-{padding:.3f}" / f"{index:06d}.png"
+
+    def _seen(self, index: int, padding: float) -> Image:
+        """The network's answer for the part of a frame that is picture; a smaller clip's frames are black beside it."""
+        image = self._frames.image(index)
+        width, height = self._frames.contents[index]
+        alpha = np.zeros(image.shape[:2], np.uint8)
+        alpha[:height, :width] = self._shown(image[:height, :width], padding)
+        return alpha
 
     def _shown(self, image: Image, padding: float) -> Image:
         """A face that fills the frame confuses the network; a replicated border above and beside it helps."""

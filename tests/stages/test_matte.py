@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     assert 0 < calls[0] < 9
     _, whole = matted(subject, tmp_path / "whole", padding=0)
     assert all(np.array_equal(a, b) for a, b in zip(resumed, whole, strict=True))
+
+
+def test_the_network_sees_only_what_is_picture(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def shown(self: matte.Network, image: Image, padding: float) -> Image:
+        shapes.append(image.shape)
+        return np.full(image.shape[:2], 200, np.uint8)
+
+    monkeypatch.setattr(matte.Network, "_shown", shown)
+    frames = FrameSet.load(subject.stage("decode"))
+    smaller = dataclasses.replace(frames, contents=np.tile([200, 100], (len(frames), 1)))
+    alpha = matte.Network(stage_run(subject, tmp_path / "work"), smaller).alpha(0, 0.1)
+    assert shapes == [(100, 200, 3)]
+    assert (alpha[:100, :200] == 200).all() and alpha.sum() == 200 * 100 * 200
 
 
 def test_u2netp_gives_what_rembg_gives(monkeypatch: pytest.MonkeyPatch) -> None:
