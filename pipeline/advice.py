@@ -31,6 +31,11 @@ MIN_SHARP_SHARE = 0.7
 MIN_FACE_LUMA, MAX_BURNT, MAX_LIGHT_STOPS = 50, 0.05, 0.7
 """Median grey value of the face, share of it that is burnt out, and change of its light over the clip."""
 MIN_JAW_OPEN, MIN_BLINK, MIN_SMILE = 0.25, 0.4, 0.3
+MIN_CHANGE = 0.3
+"""Of the expression score that changes most, 5th to 95th percentile: above 0.8 in seconds of a quiet face, below 0.2
+where a photograph is filmed."""
+MAX_FLAT = 0.5
+"""Share of a face in flat colours: at most 0.11 in films, soft ones too, and 0.76 in a drawing."""
 MAX_FLICKER_PX = 1.0
 
 # Beyond these the outcome is poor, whatever else is right.

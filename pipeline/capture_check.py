@@ -18,6 +18,7 @@ from pipeline.advice import (
     HOW,
     MAX_BLURRED,
     MAX_BURNT,
+    MAX_FLAT,
     MAX_FRONT_YAW_DEG,
     MAX_LIGHT_STOPS,
     MAX_LOST,
@@ -25,6 +26,7 @@ from pipeline.advice import (
     MAX_OFF_FRAME,
     MAX_OTHERS,
     MIN_BLINK,
+    MIN_CHANGE,
     MIN_FACE_HEIGHT_PX,
     MIN_FACE_LUMA,
     MIN_JAW_OPEN,
@@ -64,18 +66,16 @@ DETECTION_SIDE = 1280
 """Larger frames are reduced to it before the detector looks, which itself reduces them much further."""
 SAME_POSE_DEG = 10.0
 """Light is compared between frames in which the head is turned about alike."""
-PATCH_PX = 256
-"""Height of the pictures of the face that are kept to be compared with each other."""
+MIN_PATCH_PX, PATCH_PX = 8, 256
+"""Smallest side of a face that can be measured, and height of the pictures of it that are compared with each other."""
+SAME_FACE = 0.3
+"""Two faces in one frame that are no further apart, in units of the larger one, are one that was found twice."""
 COVERED_SHARE, COVERED_FRAMES = 0.1, 12
 """Share of the face that must look otherwise than in the other frames, of which there must be so many."""
 BLINK_SECONDS = 0.2
 """How long a blink lasts: frames that are further apart may miss it."""
-STILL_SCORE = 0.3
-"""The expression score that changes most, 5th to 95th percentile: above 0.8 in seconds of a quiet face, below 0.2 when
-a photograph is filmed."""
-MAX_FLAT = 0.5
-"""Share of a face in flat colours: at most 0.11 in films, soft ones too, and 0.76 in a drawing."""
 STILL_FRAMES = 5
+"""Fewer do not tell whether a face moves."""
 VERDICT_ITEMS = 3
 """How many findings a verdict names."""
 
@@ -235,13 +235,14 @@ def _detected(
 
 def _views(frame: Frame, found: list[Face]) -> list[View]:
     """The faces in a frame, largest first, measured; a face that was found twice counts once."""
-    faces: list[Face] = []
-    for face in sorted(found, key=lambda face: -float(np.ptp(face.box[1::2]))):
-        if all(_apart(face, other) > 0.3 for other in faces):
-            faces.append(face)
-    if not faces:
+    if not found:
         return []
     grey = frame.luma()
+    faces: list[Face] = []
+    for face in sorted(found, key=lambda face: -float(np.ptp(face.box[1::2]))):
+        in_picture = min(crop(grey, face.box).shape) >= MIN_PATCH_PX
+        if in_picture and all(_apart(face, other) > SAME_FACE for other in faces):
+            faces.append(face)
     return [_measured(grey, face) for face in faces]
 
 
@@ -438,7 +439,7 @@ def _alive(seen: list[View]) -> Iterator[Finding]:
         yield Finding("degraded", what, HOW["view"], severe=True)
     scores = np.stack([view.face.scores for view in seen])
     change = float(np.ptp(np.percentile(scores, [5, 95], axis=0), axis=0).max())
-    if len(seen) >= STILL_FRAMES and change < STILL_SCORE:
+    if len(seen) >= STILL_FRAMES and change < MIN_CHANGE:
         what = f"no expression changes by more than {change:.2f} of 1: a still picture cannot become an avatar"
         yield Finding("degraded", what, HOW["length"], severe=True)
 
