@@ -85,6 +85,7 @@ def _halve_edges(
     for corner, edge in enumerate(inverse):
         owners[edge].append(corner % len(faces))
     lengths = np.linalg.norm(places[unique[:, 0]] - places[unique[:, 1]], axis=1)
+    typical = np.median(lengths)
     touched = np.zeros(len(faces), dtype=bool)
     gone, added, middles = set(), [], []
     for edge in np.argsort(-lengths, kind="stable"):
@@ -101,7 +102,7 @@ def _halve_edges(
             gone.add(face)
             corners = faces[face].tolist()
             added += [[new if c == b else c for c in corners], [new if c == a else c for c in corners]]
-        if lengths[edge] < 0.6 * lengths.max():
+        if lengths[edge] < typical:
             break
     left = np.delete(faces, sorted(gone), axis=0)
     return np.concatenate([left, np.array(added)]), np.concatenate([places, np.array(middles)])
@@ -138,7 +139,7 @@ def flame_arrays(anny: HeadModel) -> dict[str, Any]:
     used = np.arange(FLAME_VERTICES) < head.used
     local = (head.template - OFFSET) / SIZE
     regressor[0, used & (local[:, 1] < -0.06)] = 1
-    regressor[1, used & (np.abs(local[:, 1] + 0.04) < 0.012) & (np.abs(local[:, 2] - 0.01) < 0.08)] = 1
+    regressor[1, used & (np.abs(local[:, 1] + 0.04) < 0.012) & (np.abs(local[:, 2] + 0.02) < 0.05)] = 1
     regressor[2, np.argsort(np.linalg.norm(np.abs(local) - [0.06, *JAW_HINGE_M[1:]], axis=1))[:40]] = 1
     for joint, eye in ((3, "eye_left"), (4, "eye_right")):
         regressor[joint, used & (carried(anny.regions[eye]) > 0.999)] = 1

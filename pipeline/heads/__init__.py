@@ -163,16 +163,26 @@ def load_head(name: str, report: Callable[[str], None] | None = None) -> HeadMod
         return load_anny()
     from pipeline.heads.external import load_external
 
+    return load_external(head_file(name), report)
+
+
+def head_file(name: str) -> HeadFile:
+    """Which file of the user's a head model is: where it goes, where it comes from, its licence.
+
+    Raises:
+        UserError: no head model of that name has a file; or "flame", and no FLAME is there.
+    """
     files = _external_files()
     if name == "flame":
         flames = [file for file in files.values() if file.name.startswith("flame")]
-        name = next((file.name for file in flames if file.path.is_file()), "")
-        if not name:
+        found = next((file for file in flames if file.path.is_file()), None)
+        if found is None:
             ways = "\n     or: ".join(file.missing() for file in flames)
             raise UserError("No FLAME head model is on this machine.", ways)
+        return found
     if name not in files:
         raise UserError(f'There is no head model "{name}".', f"choose one of: {', '.join((*head_names(), 'flame'))}")
-    return load_external(files[name], report)
+    return files[name]
 
 
 def head_names() -> tuple[str, ...]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import io
 import os
 import pickle
 import pickletools
 import struct
-import sys
 import tracemalloc
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import sparse
+from synthetic_heads import python2_pickle, stub_chumpy
 
 from pipeline import restricted_pickle
 from pipeline.restricted_pickle import RefusedPickle, load_plain
@@ -72,30 +70,6 @@ def test_honest_data_loads_exactly(tmp_path: Path, name: str, protocol: int) -> 
     assert same(load_plain(write(tmp_path / "honest.pkl", data)), HONEST[name])
 
 
-def python2_pickle(value: Any, protocol: int = 2) -> bytes:
-    """What Python 2 with NumPy 1 and SciPy 0.19 writes: old module names, and byte strings where Python 3 has bytes."""
-
-    def save_bytes(pickler: Any, data: bytes) -> None:
-        if protocol == 0:
-            pickler.write(b"S'" + data.decode("latin-1").encode("unicode_escape").replace(b"'", b"\\'") + b"'\n")
-        else:
-            pickler.write(b"T" + struct.pack("<I", len(data)) + data)
-        pickler.memoize(data)
-
-    class Python2(pickle._Pickler):  # type: ignore[name-defined,misc]
-        dispatch = {**pickle._Pickler.dispatch, bytes: save_bytes}  # type: ignore[attr-defined]  # noqa: RUF012
-
-    stream = io.BytesIO()
-    Python2(stream, protocol).dump(value)
-    data = stream.getvalue()
-    for new, old in (
-        (b"numpy._core.multiarray", b"numpy.core.multiarray"),
-        (b"scipy.sparse._csc", b"scipy.sparse.csc"),
-    ):
-        data = data.replace(b"c" + new + b"\n", b"c" + old + b"\n")
-    return data
-
-
 @pytest.mark.parametrize("protocol", [0, 2])
 def test_python_2_pickles_load_as_latin_1(tmp_path: Path, protocol: int) -> None:
     value = {"name": b"caf\xe9", "array": np.arange(300.0), "matrix": sparse.csc_matrix(np.eye(3))}
@@ -106,34 +80,13 @@ def test_python_2_pickles_load_as_latin_1(tmp_path: Path, protocol: int) -> None
     assert same(loaded, {**value, "name": "café"})
 
 
-@pytest.fixture
-def chumpy() -> Iterator[Any]:
-    """A stub of the chumpy package, as far as writing its arrays goes."""
-
-    class Ch:
-        def __init__(self, x: np.ndarray) -> None:
-            self.__dict__.update(x=x, _dirty_vars={"x"}, _itr=None, _make_dense=False)
-
-    class Select:
-        def __init__(self, a: Any, idxs: np.ndarray, preferred_shape: tuple[int, ...]) -> None:
-            self.__dict__.update(a=a, idxs=idxs, preferred_shape=preferred_shape, _dirty_vars=set())
-
-    modules = {"chumpy": types.ModuleType("chumpy")}
-    for kind, module in ((Ch, "chumpy.ch"), (Select, "chumpy.reordering")):
-        kind.__module__, kind.__qualname__ = module, kind.__name__
-        modules[module] = types.ModuleType(module)
-        setattr(modules[module], kind.__name__, kind)
-    sys.modules.update(modules)
-    yield types.SimpleNamespace(Ch=Ch, Select=Select)
-    for name in modules:
-        del sys.modules[name]
-
-
 @pytest.mark.parametrize("protocol", [0, 2, 5])
-def test_chumpy_arrays_become_arrays(tmp_path: Path, chumpy: Any, protocol: int) -> None:
+def test_chumpy_arrays_become_arrays(tmp_path: Path, protocol: int) -> None:
     array = np.arange(12.0).reshape(4, 3)
-    value = {"x": chumpy.Ch(array), "part": chumpy.Select(chumpy.Ch(array), np.array([5, 0]), (2, 1))}
-    loaded = load_plain(write(tmp_path / "chumpy.pkl", pickle.dumps(value, protocol)))
+    with stub_chumpy() as chumpy:
+        value = {"x": chumpy.Ch(array), "part": chumpy.Select(chumpy.Ch(array), np.array([5, 0]), (2, 1))}
+        data = pickle.dumps(value, protocol)
+    loaded = load_plain(write(tmp_path / "chumpy.pkl", data))
     assert same(loaded, {"x": array, "part": np.array([[5.0], [0.0]])})
 
 
