@@ -26,12 +26,11 @@ _MEMORY_GB = 3.0
 _DISK_GB = 2.0
 
 
-def examine(data: Path, needed: Collection[str], videos: Sequence[Path] | Path | None = ()) -> list[Finding]:
+def examine(data: Path, needed: Collection[str], videos: Sequence[Path] = ()) -> list[Finding]:
     """Look at the machine, the installation, the `needed` assets, the data folder, and one subject's videos if named.
 
     What is said of the videos comes last, and the verdict on them at its end.
     """
-    clips = [videos] if isinstance(videos, Path) else list(videos or ())
     findings = [
         *_packages(),
         *_system_libraries(),
@@ -41,7 +40,7 @@ def examine(data: Path, needed: Collection[str], videos: Sequence[Path] | Path |
         _rasteriser(),
         _data_folder(data),
     ]
-    return [*findings, *_videos(clips)] if clips else findings
+    return [*findings, *_videos(videos)] if videos else findings
 
 
 def _packages() -> Iterator[Finding]:
