@@ -251,8 +251,8 @@ def _no_such_person(config: TrackConfig, frame: int, people: int) -> StageError:
     more = "" if people < config.max_faces else f"; to look for more faces: --set track.max_faces={2 * people}"
     choices = "leave --person out" if people == 1 else f"choose from --person 1 to {people}, numbered from the left"
     return StageError(
-        f"There is no person {config.person}: at most {counted(people, 'face')} at a time can be tracked, first in "
-        f"frame {frame}.",
+        f"There is no person {config.person}: at most {counted(people, 'face')} at a time can be seen, first in frame "
+        f"{frame}.",
         choices + more,
     )
 
@@ -668,7 +668,7 @@ def _told(frames: FrameSet, subject: Subject) -> list[str]:
     if people > 1:
         taken = f"person {subject.person} was taken" if subject.person else "the one taken is none of them"
         numbered = f"{people} faces are in view, numbered from the left in frame {subject.counted_in}"
-        parts.append(f"{numbered}: {taken}, {how}; choose with --person")
+        parts.append(f"{numbered}: {taken}, {how}" + ("; choose with --person" if subject.how == "longest" else ""))
     elif subject.how == "photograph":
         parts.append("the person was told by the photograph")
     by = f"by {subject.recognizer}" if subject.recognizer else "by colours and proportions alone"

@@ -211,7 +211,7 @@ def test_a_person_is_chosen_by_number_from_the_left(tmp_path: Path, person: int)
 def test_a_number_that_nobody_has_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(StageError) as caught:
         tracked(tmp_path, [*beside(0, None, None), *beside(2, 0, 1)], person=7)
-    assert caught.value.what == "There is no person 7: at most 3 faces at a time can be tracked, first in frame 12."
+    assert caught.value.what == "There is no person 7: at most 3 faces at a time can be seen, first in frame 12."
     assert caught.value.fix == "choose from --person 1 to 3, numbered from the left"
     with pytest.raises(StageError) as caught:
         tracked(tmp_path / "fewer", beside(2, 0, 1), person=3, max_faces=2)
