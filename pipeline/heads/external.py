@@ -75,7 +75,7 @@ class HeadFile:
     read: Callable[[Path], NativeHead]
     """Raises UserError for a file that is not this model."""
     how: str
-    """How to get it, up to "and put it at"."""
+    """How to get it, up to "and put it at"; {folder} stands for where it goes."""
     known: Mapping[str, str] = field(default_factory=dict)
     """sha256 -> which published file that is."""
 
@@ -86,7 +86,7 @@ class HeadFile:
 
     def missing(self) -> str:
         """How to get it, as one sentence."""
-        return f"{self.how} and put {self.file} at '{self.path}' ({self.licence})"
+        return f"{self.how.format(folder=self.path.parent)} and put {self.file} at '{self.path}' ({self.licence})"
 
 
 def heads_folder() -> Path:

@@ -25,7 +25,7 @@ VERTICES, FACES, SHAPES, EXPRESSIONS = 5023, 9976, 300, 100
 USED_SHAPES = 100
 JAW_ANGLE_RAD = 0.2
 PARENTS = (0, 1, 1, 1)  # of neck, jaw, left eye, right eye; the root has none
-ROOT, NECK, JAW, EYE_LEFT, EYE_RIGHT = range(5)
+ROOT, NECK, JAW, *EYES = range(5)
 CONTROL_NAMES = (*(f"expression_{index:03d}" for index in range(EXPRESSIONS)), "jaw_x", "jaw_y", "jaw_z")
 """The jaw's are components of its rotation vector, in radians."""
 
@@ -84,7 +84,8 @@ def read_flame(path: Path) -> NativeHead:
         jaw.append((corrected + weights[:, [JAW]] * (turned - corrected) - template) / JAW_ANGLE_RAD)
 
     # Our origin is the neck's joint, of every identity.
-    order = [NECK, NECK, EYE_LEFT, EYE_RIGHT]
+    left, right = sorted(EYES, key=lambda eye: -joints[eye, 0])
+    order = [NECK, NECK, left, right]
     pivot, pivot_directions = joints[NECK], joint_directions[:, NECK]
     return NativeHead(
         template=template - pivot,
@@ -94,7 +95,7 @@ def read_flame(path: Path) -> NativeHead:
         controls=np.concatenate([expressions, jaw]).astype(np.float32),
         control_names=CONTROL_NAMES,
         skin_weights=np.stack(
-            [weights[:, NECK] + weights[:, JAW], weights[:, ROOT], weights[:, EYE_LEFT], weights[:, EYE_RIGHT]], axis=1
+            [weights[:, NECK] + weights[:, JAW], weights[:, ROOT], weights[:, left], weights[:, right]], axis=1
         ),
         joints=joints[order] - pivot,
         joints_identity_basis=joint_directions[:, order] - pivot_directions[:, None],

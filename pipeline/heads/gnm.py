@@ -131,6 +131,7 @@ GNM_FILE = HeadFile(
     page="https://huggingface.co/google/gnm-v3",
     licence="Apache-2.0: free also for commercial use",
     read=read_gnm,
-    how="download v3_0/gnm_head.npz from https://huggingface.co/google/gnm-v3, or run: body-models download gnm,",
+    how="run: body-models download gnm -o '{folder}', or download v3_0/gnm_head.npz from "
+    "https://huggingface.co/google/gnm-v3",
     known={"61d78bbfb4ad8e0b38495804a4caef3214d3df00f8c3f68761e63b41ce3747eb": "GNM Head v3.0"},
 )

@@ -341,8 +341,9 @@ def test_a_missing_file_is_told_with_all_it_takes(empty: Path) -> None:
     )
     assert explain("gnm") == (
         "The head model gnm (GNM Head v3.0) is not on this machine.\n"
-        "  -> download v3_0/gnm_head.npz from https://huggingface.co/google/gnm-v3, or run: body-models download gnm, "
-        "and put gnm_head.npz at 'HEADS/gnm_head.npz' (Apache-2.0: free also for commercial use)"
+        "  -> run: body-models download gnm -o 'HEADS', or download v3_0/gnm_head.npz from "
+        "https://huggingface.co/google/gnm-v3 and put gnm_head.npz at 'HEADS/gnm_head.npz' "
+        "(Apache-2.0: free also for commercial use)"
     )
     assert explain("flame") == (
         "No FLAME head model is on this machine.\n"
