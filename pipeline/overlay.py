@@ -73,6 +73,7 @@ def plot_curves(
     times: NDArray[np.floating],
     panels: Sequence[tuple[str, Mapping[str, NDArray[np.float64]]]],
     unusable: NDArray[np.bool_],
+    shots: NDArray[np.int64] | None = None,
 ) -> None:
     """Write curves over time as a picture.
 
@@ -81,6 +82,7 @@ def plot_curves(
         times: [T] seconds.
         panels: (axis label, {name: values [T]}) from top to bottom.
         unusable: [T] frames shaded grey.
+        shots: [T] the shot of each frame: curves break at cuts, which are marked; one shot if None.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -88,12 +90,17 @@ def plot_curves(
     figure = Figure(figsize=(10, 2.2 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     half = float(np.median(np.diff(times))) / 2 if len(times) > 1 else 0.5
+    cuts = np.zeros(0, np.int64) if shots is None else np.flatnonzero(np.diff(shots)) + 1
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], unusable.astype(np.int8), [0]])))
     for row, (label, curves) in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, row + 1)
         for name, values in curves.items():
-            axes.plot(times, values, label=name, linewidth=1)
-        for time in times[unusable]:
-            axes.axvspan(time - half, time + half, color="0.85", linewidth=0)
+            broken = np.insert(np.asarray(values, np.float64), cuts, np.nan)
+            axes.plot(np.insert(times.astype(np.float64), cuts, times[cuts]), broken, label=name, linewidth=1)
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            axes.axvspan(times[first] - half, times[last - 1] + half, color="0.85", linewidth=0)
+        for cut in cuts:
+            axes.axvline((times[cut - 1] + times[cut]) / 2, color="0.4", linewidth=0.8, linestyle="--")
         axes.set_ylabel(label)
         axes.margins(x=0)
         if len(curves) > 1:

@@ -26,6 +26,10 @@ GOOD_FRAMES = 30
 # Median and 95th percentile of the landmark error, as shares of the face's width, up to which a fit is good or fair.
 GOOD_ERROR, FAIR_ERROR = (0.003, 0.012), (0.008, 0.03)
 VIDEO_FRAMES, VIDEO_SIDE_PX, SHEET_SIDE_PX = 600, 320, 640
+# What the tracker flags, and the words for it.
+FLAGS = {"occluded": "occluded", "off_frame": "off-frame", "blurred": "blurred"}
+# A face that is never turned less than this from the camera hides its other half.
+PROFILE_DEGREES = 35.0
 CURVES = ("jawOpen", "mouthSmileLeft", "eyeBlinkLeft", "eyeBlinkRight")
 CHUNK = 64
 
@@ -38,6 +42,14 @@ class _Track:
     scores: NDArray[np.float64]
     detected: NDArray[np.bool_]
     usable: NDArray[np.bool_]
+    flags: dict[str, NDArray[np.bool_]]
+    """Why a frame is trusted less, by the words for it."""
+
+    @property
+    def clear(self) -> NDArray[np.bool_]:
+        """[T] usable frames that are sharp; all usable ones where hardly any is sharp."""
+        sharp = self.usable & ~self.flags["blurred"]
+        return sharp if sharp.sum() >= MIN_FRAMES else self.usable
 
 
 def fit(run: StageRun) -> Result:
@@ -59,9 +71,10 @@ def fit(run: StageRun) -> Result:
     head = load_head(settings.head)
     track = _read_track(run, head, len(frames))
     if track.usable.sum() < MIN_FRAMES:
+        why = _reasons(track)
         raise StageError(
             f"Only {track.usable.sum()} of the {len(frames)} frames of '{run.subject.name}' show the face well enough; "
-            f"fitting needs {MIN_FRAMES}.",
+            f"fitting needs {MIN_FRAMES}.{f' Not usable: {why}.' if why else ''}",
             "film the face from the front, lit evenly, unhidden and inside the picture for some seconds",
         )
     observations = Observations.of(
@@ -70,7 +83,7 @@ def fit(run: StageRun) -> Result:
         track.scores,
         head.expression_names,
         track.detected,
-        track.usable,
+        track.clear,
         frames.contents[_first_frames(frames)],
         settings.focal_prior,
         frames.shots,
@@ -123,15 +136,27 @@ def _read_track(run: StageRun, head: HeadModel, count: int) -> _Track:
             names = [str(name) for name in file["blendshape_names"]]
             landmarks, scores = file["landmarks_raw"].astype(np.float64), file["blendshapes"].astype(np.float64)
             detected, usable = file["detected"].astype(bool), file["usable"].astype(bool)
+            flags = {name: file[name].astype(bool) for name in FLAGS if name in file}
         fits = landmarks.shape == (count, len(head.landmark_faces), 3) and scores.shape == (count, len(names))
-        if not fits or detected.shape != (count,) or usable.shape != (count,):
+        if not fits or any(flag.shape != (count,) for flag in (detected, usable, *flags.values())):
             raise ValueError("its arrays do not have the shapes of this clip")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         fix = f"run: headcast rerun {run.subject.name} --from track"
         raise StageError(f"'{path}' cannot be used: {error}.", fix) from error
     detected &= np.isfinite(landmarks).all((1, 2)) & np.isfinite(scores).all(1)
     ordered = [scores[:, names.index(n)] if n in names else np.zeros(count) for n in head.expression_names]
-    return _Track(landmarks, np.stack(ordered, 1), detected, usable & detected)
+    usable &= detected
+    reasons = {words: flags.get(name, np.zeros(count, bool)) & detected for name, words in FLAGS.items()}
+    known = np.any(list(reasons.values()), axis=0)
+    reasons = {"no face": ~detected, **reasons, "not trusted": detected & ~usable & ~known}
+    return _Track(landmarks, np.stack(ordered, 1), detected, usable, reasons)
+
+
+def _reasons(track: _Track) -> str:
+    """The frames that count less, each listed under what is wrong with it."""
+    from pipeline.frames import ranges_text
+
+    return "; ".join(f"{words}: {ranges_text(flag)}" for words, flag in track.flags.items() if flag.any())
 
 
 @dataclass(frozen=True)
@@ -358,18 +383,25 @@ def _draw(run: StageRun, fitted: _Fitted) -> None:
             seen = fitted.track.landmarks[index, :, :2] * scale
             yield overlay(image, vertices, fitted.head_faces, K, seen)
 
+    several = frames.shots[-1] > frames.shots[0]
+
+    def label(index: int) -> str:
+        shot = f"shot {frames.shots[index]}  " if several else ""
+        error = f"{np.median(errors[index]):.2f} px" if fitted.track.detected[index] else "no face"
+        return f"{shot}{index}  {error}{'' if fitted.track.usable[index] else '  not usable'}"
+
     T = len(frames)
     shown = evenly(T, 8)
-    labels = [f"{i}  {np.median(errors[i]):.2f} px" for i in shown]
-    save_image(run.work / "overlay.jpg", contact_sheet(list(overlays(shown, SHEET_SIDE_PX)), labels), 90)
+    sheet = contact_sheet(list(overlays(shown, SHEET_SIDE_PX)), [label(i) for i in shown])
+    save_image(run.work / "overlay.jpg", sheet, 90)
 
     in_video = evenly(T, VIDEO_FRAMES)
     seconds = float(frames.times[-1] - frames.times[0]) + 1 / float(frames.fps)
     with run.reporter.task("draw", len(in_video), "frames") as task:
 
         def counted() -> Iterator[NDArray[np.uint8]]:
-            for picture in overlays(in_video, VIDEO_SIDE_PX):
-                yield picture
+            for index, picture in zip(in_video, overlays(in_video, VIDEO_SIDE_PX), strict=True):
+                yield contact_sheet([picture], [label(index)], columns=1, width=picture.shape[1])
                 task.advance()
 
         write_video(run.work / "overlay.mp4", counted(), round(len(in_video) / seconds, 2), crf=26)
@@ -382,14 +414,14 @@ def _draw(run: StageRun, fitted: _Fitted) -> None:
         ("gaze, degrees", {"left pitch": gaze[:, 0, 0], "left yaw": gaze[:, 0, 1], "right yaw": gaze[:, 1, 1]}),
         ("error, px", {"median": np.median(errors, 1), "95 %": np.percentile(errors, 95, axis=1)}),
     ]
-    plot_curves(run.work / "curves.png", frames.times, panels, ~fitted.track.usable)
+    plot_curves(run.work / "curves.png", frames.times, panels, ~fitted.track.usable, frames.shots)
 
 
 def _result(fitted: _Fitted, crops: list[tuple[int, int, int]], seconds: dict[str, float]) -> Result:
     """The stage's figures and its judgement of them."""
     import numpy as np
 
-    from pipeline.frames import ranges_text
+    from pipeline.fitting import head_angles
 
     frames, track, state = fitted.frames, fitted.track, fitted.state
     usable, total = int(track.usable.sum()), len(frames)
@@ -405,8 +437,24 @@ def _result(fitted: _Fitted, crops: list[tuple[int, int, int]], seconds: dict[st
         f"Median landmark error {median:.2f} px (95 %: {p95:.1f}) on a face {width:.0f} px wide",
         f"{usable} of {total} frames",
     ]
-    if usable < total:
-        parts.append(f"carried through by their neighbours: {ranges_text(~track.usable)}")
+    shots = len(np.unique(frames.shots))
+    if shots > 1:
+        clips = len(fitted.observations.sizes)
+        parts[-1] += f" of {shots} shots" + (f" of {clips} clips" if clips > 1 else "")
+    if reasons := _reasons(track):
+        parts.append(f"down-weighted and carried through by their neighbours: {reasons}")
+    least_yaw = float(np.degrees(np.abs(head_angles(state.rotations[track.usable])[:, 0]).min()))
+    if least_yaw > PROFILE_DEGREES:
+        level = "poor"
+        parts.append(
+            f"the head is turned away by {least_yaw:.0f} degrees or more in every frame and half of the face is "
+            "guessed: film it from the front too"
+        )
+    identity = _plausibility(fitted)
+    parts.append(
+        f"neutral head plausible: {100 * identity['inside']:.0f} % of its coefficients inside their box, "
+        f"rms {identity['rms_half_ranges']:.2f} of half its width"
+    )
     if usable < GOOD_FRAMES:
         level = "fair" if level == "good" else level
         parts.append(f"under {GOOD_FRAMES} frames the head's shape is hardly determined")
@@ -415,13 +463,33 @@ def _result(fitted: _Fitted, crops: list[tuple[int, int, int]], seconds: dict[st
         "face_width_px": round(width, 1),
         "focal_ratio": [round(float(r), 3) for r in state.focals_px / fitted.observations.sizes.max(1)],
         "frames": {"total": total, "usable": usable, "detected": int(track.detected.sum())},
-        "identity_rms": round(float(np.sqrt(np.mean(state.identity**2))), 3),
+        "identity": identity,
+        "least_yaw_degrees": round(least_yaw, 1),
         "offset_mm": round(1e3 * float(np.median(np.linalg.norm(state.offsets[0], axis=1))), 2),
         "crops": [list(crop) for crop in crops],
         "torso_followed": round(fitted.torso_share, 3),
         "part_seconds": seconds,
     }
     return Result(Verdict(level, f"Fit: {level}. {'; '.join(parts)}.", "overlay.jpg"), metrics)
+
+
+def _plausibility(fitted: _Fitted) -> dict[str, float]:
+    """Where the identity lies in the model's box: share of coefficients strictly inside, and how far out they are.
+
+    The rms over coefficients in half ranges is a Mahalanobis distance, per root coefficient, of a model that takes half
+    a range for a standard deviation: about 1 for a head as unusual as the box allows, 0 for the average head.
+    """
+    import numpy as np
+
+    head, identity = fitted.head, fitted.state.identity
+    low, high = head.identity_low.astype(np.float64), head.identity_high.astype(np.float64)
+    inside = (identity > low + 1e-6) & (identity < high - 1e-6)
+    reach = np.abs(identity) / ((high - low) / 2)
+    return {
+        "inside": round(float(inside.mean()), 3),
+        "rms_half_ranges": round(float(np.sqrt(np.mean(reach**2))), 3),
+        "largest_half_ranges": round(float(reach.max()), 3),
+    }
 
 
 def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int32]) -> None:
@@ -433,4 +501,4 @@ def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int3
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
-STAGE = Stage("fit", 5, ("decode", "track"), fit, description="camera, head shape, poses and expressions")
+STAGE = Stage("fit", 6, ("decode", "track"), fit, description="camera, head shape, poses and expressions")

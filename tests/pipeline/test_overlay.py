@@ -51,3 +51,14 @@ def test_curves_are_the_same_bytes_every_time(tmp_path: Path) -> None:
         plot_curves(tmp_path / name, times, panels, times < 0.2)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_mark_cuts(tmp_path: Path) -> None:
+    times = np.linspace(0, 2, 30)
+    panels = [("a", {"t": np.where(times > 1, times, 0.0)})]
+    none = np.zeros(30, bool)
+    plot_curves(tmp_path / "one.png", times, panels, none, np.zeros(30, int))
+    plot_curves(tmp_path / "plain.png", times, panels, none)
+    plot_curves(tmp_path / "two.png", times, panels, none, (times > 1).astype(int))
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+    assert (tmp_path / "two.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
