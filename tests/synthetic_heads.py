@@ -138,7 +138,7 @@ def flame_arrays(anny: HeadModel) -> dict[str, Any]:
     regressor = np.zeros((5, FLAME_VERTICES))
     used = np.arange(FLAME_VERTICES) < head.used
     local = (head.template - OFFSET) / SIZE
-    regressor[0, used & (local[:, 1] < -0.06)] = 1
+    regressor[0, used & (local[:, 1] < -0.09)] = 1
     regressor[1, used & (np.abs(local[:, 1] + 0.04) < 0.012) & (np.abs(local[:, 2] + 0.02) < 0.05)] = 1
     regressor[2, np.argsort(np.linalg.norm(np.abs(local) - [0.06, *JAW_HINGE_M[1:]], axis=1))[:40]] = 1
     for joint, eye in ((3, "eye_left"), (4, "eye_right")):

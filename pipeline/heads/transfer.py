@@ -31,7 +31,7 @@ NORMAL_M = 5e-3  # how much nearer a point with an opposite normal must be: twic
 MAX_STEP_M = 15e-3
 ROUNDS = (30, 20, 10, 5, 3, 2)  # smoothing passes over the mesh, round by round
 FINE_WEIGHT = 5.0  # of lips and eyelids against other skin: small, and what one looks at
-RIDGE_M = 2e-5  # error that one standard deviation of a control is worth
+RIDGE_M = 5e-5  # error that one standard deviation of a control is worth: keeps coefficients plausible
 MOVED_M = 1e-3  # an expression's error is taken over what it moves by more
 
 
