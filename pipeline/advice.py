@@ -42,7 +42,7 @@ MAX_FLICKER_PX = 1.0
 POOR_SECONDS, POOR_FACE_HEIGHT_PX, POOR_LOST = 2.0, 90, 0.5
 
 HOW = {
-    "length": "film 20 to 60 s in one take, without cuts",
+    "length": "film 20 to 60 s, or give several clips of the same person",
     "view": "film one person from the front, who stays in view",
     "alone": "film one person alone, or say whom to take with --person or --like",
     "near": "go nearer, or film in more pixels",

@@ -105,6 +105,8 @@ class Stage:
     assets: tuple[str, ...] = ()
     """Assets (`pipeline.assets`) that must be there before the stage works; nothing is fetched while it does."""
     description: str = ""
+    data: Callable[[Config], dict[str, str]] = lambda config: {}
+    """What this stage reads beside its inputs and settings, such as a head model: name -> digest; part of its key."""
 
 
 @dataclass(frozen=True)
@@ -186,14 +188,14 @@ def inspect_stages(subject: Subject, stages: Sequence[Stage], config: Config) ->
             name: StateName = "waiting" if manifest is None else "stale"
             states[stage.name] = State(stage.name, name, f"{unfresh[0]} is not fresh", None, manifest)
             continue
-        key = stage_key(stage, section_of(stage, config), _input_digests(subject, stage, states))
+        key = stage_key(stage, section_of(stage, config), _input_digests(subject, stage, states, config))
         states[stage.name] = _inspect_one(subject, stage, config, key, manifest, running)
     return list(states.values())
 
 
-def _input_digests(subject: Subject, stage: Stage, states: dict[str, State]) -> dict[str, str]:
+def _input_digests(subject: Subject, stage: Stage, states: dict[str, State], config: Config) -> dict[str, str]:
     digests = {name: str((states[name].manifest or {}).get("digest")) for name in stage.inputs}
-    return digests or {"source": str(source_digest(subject))}
+    return {**(digests or {"source": str(source_digest(subject))}), **stage.data(config)}
 
 
 def _inspect_one(
@@ -314,7 +316,7 @@ def run_stage(
             "headcast": __version__,
             "config": section_of(stage, config),
             "preset": config.preset,
-            "inputs": _input_digests(subject, stage, by_name),
+            "inputs": _input_digests(subject, stage, by_name, config),
             "outputs": outputs,
             "digest": outputs_digest(outputs),
             "started": started.isoformat(timespec="milliseconds"),

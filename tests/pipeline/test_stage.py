@@ -133,6 +133,19 @@ def test_raised_code_version_makes_stale(bench: Bench) -> None:
     assert (state.name, state.why) == ("stale", "the stage's code is version 2, its files are of version 1")
 
 
+def test_other_data_make_stale(bench: Bench) -> None:
+    head = ["one"]
+    decode = bench.stages[0]
+    bench.stages = (decode, Stage("track", 1, ("decode",), bench.track, data=lambda config: {"head": head[0]}))
+    assert bench.run()[:2] == ["decode", "track"]
+    manifest = read_manifest(bench.subject.stage("track"))
+    assert manifest is not None and manifest["inputs"]["head"] == "one"
+    assert bench.run() == []
+    head[0] = "two"
+    assert bench.states() == ["fresh", "stale"]
+    assert "track" in bench.run()
+
+
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "manifest"])
 def test_damage_is_seen_and_mended(bench: Bench, damage: str) -> None:
     bench.run()
