@@ -255,6 +255,24 @@ def test_a_large_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load_plain(path)
 
 
+def test_damage_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    seeds = [pickle.dumps(value, protocol) for value in HONEST.values() for protocol in (0, 2, 5)]
+    refused = 0
+    for _ in range(600):
+        data = bytearray(seeds[generator.integers(len(seeds))])
+        for place in generator.integers(0, len(data) - 8, generator.integers(1, 6)):
+            if generator.random() < 0.5:
+                data[place] = generator.integers(256)
+            else:
+                del data[place : place + generator.integers(1, 8)]
+        try:
+            load_plain(write(tmp_path / "damaged.pkl", bytes(data)))
+        except RefusedPickle:
+            refused += 1
+    assert refused > 500
+
+
 def test_every_instruction_is_known() -> None:
     """Whatever pickletools lists is either carried out or refused by name, never ignored."""
     reader = restricted_pickle._Reader(Path("x"), b"")
