@@ -77,8 +77,8 @@ ACTIVE_SET_ROUNDS = 4
 LEAST_CURVATURE = 1e-6  # of a frame's unknowns: where a whole shot shows nothing, they stay as they are
 MAX_DAMPINGS = 8
 SUBJECT_ITERATIONS = 8
-MOTION_ITERATIONS = 4
-GAZE_ITERATIONS = 4
+MOTION_ITERATIONS = 3
+GAZE_ITERATIONS = 3
 STEPS = SUBJECT_ITERATIONS + MOTION_ITERATIONS + GAZE_ITERATIONS
 
 GAZE_STRAIGHT = 0.5  # rad, gaze about straight ahead

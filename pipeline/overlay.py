@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MESH_COLOR = (0.35, 0.75, 1.0)
-LANDMARK_COLOR = (255, 80, 40)
+LANDMARK_COLOR = (255, 225, 40)
 
 
 def overlay(
@@ -25,7 +25,7 @@ def overlay(
     faces: NDArray[np.int32],
     K: NDArray[np.floating],
     landmarks: NDArray[np.floating] | None = None,
-    opacity: float = 0.5,
+    opacity: float = 0.35,
 ) -> NDArray[np.uint8]:
     """A frame [H, W, 3] with the shaded mesh half transparent over it, and landmarks as dots.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import StageError
+from pipeline.head_data import head_data
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ MIN_FRAMES = 3
 GOOD_FRAMES = 30
 # Median and 95th percentile of the landmark error, as shares of the face's width, up to which a fit is good or fair.
 GOOD_ERROR, FAIR_ERROR = (0.003, 0.012), (0.008, 0.03)
-VIDEO_FRAMES, VIDEO_SIDE_PX, SHEET_SIDE_PX = 600, 320, 640
+VIDEO_FRAMES, VIDEO_SIDE_PX, SHEET_SIDE_PX = 600, 320, 400
 # What the tracker flags, and the words for it.
 FLAGS = {"occluded": "occluded", "off_frame": "off-frame", "blurred": "blurred"}
 # A face that is never turned less than this from the camera hides its other half.
@@ -65,6 +66,7 @@ def fit(run: StageRun) -> Result:
     from pipeline.fitting import STEPS, FitState, Observations, fit_head, reduce_to_landmarks, reprojection_errors
     from pipeline.frames import FrameSet
     from pipeline.heads import load_head
+    from pipeline.personal import personalise
 
     settings = run.config.fit
     frames = FrameSet.load(run.subject.stage("decode"))
@@ -107,7 +109,8 @@ def fit(run: StageRun) -> Result:
 
     errors = reprojection_errors(landmark_head, observations, state)
     started = time.monotonic()
-    fitted = _Fitted(head, frames, track, observations, state, errors)
+    own_head = personalise(head, state.offsets[0], state.offsets[1:])
+    fitted = _Fitted(head, own_head, frames, track, observations, state, errors)
     crops = _training_crops(run, fitted)
     fitted = _with_torso(run, fitted, crops)
     seconds["torso"] = round(time.monotonic() - started, 2)
@@ -164,6 +167,8 @@ class _Fitted:
     """The finished fit and what it rests on."""
 
     head: HeadModel
+    own_head: HeadModel
+    """The head model with what was found at the landmarks built in."""
     frames: FrameSet
     track: _Track
     observations: Observations
@@ -200,13 +205,6 @@ class _Fitted:
         from pipeline.geometry import matrix_to_rotvec
 
         return matrix_to_rotvec(np.swapaxes(self.Ts_cam_torso[:, :3, :3], 1, 2) @ self.state.rotations)
-
-    @cached_property
-    def own_head(self) -> HeadModel:
-        """The head model with what was found at the landmarks built in."""
-        from pipeline.personal import personalise
-
-        return personalise(self.head, self.state.offsets[0], self.state.offsets[1:])
 
     @cached_property
     def head_faces(self) -> NDArray[np.int32]:
@@ -361,6 +359,8 @@ def _clip_names(frames: FrameSet) -> list[str]:
 
 def _draw(run: StageRun, fitted: _Fitted) -> None:
     """Write the pictures a person judges the fit by."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import cv2
     import numpy as np
 
@@ -376,12 +376,18 @@ def _draw(run: StageRun, fitted: _Fitted) -> None:
         shrink = min(1.0, side / max(frames.width, frames.height))
         size = (round(frames.width * shrink), round(frames.height * shrink))
         scale = np.array(size) / (frames.width, frames.height)
-        for index, vertices in zip(indices, fitted.vertices_cam(indices), strict=True):
-            run.check_stop()
+
+        def draw(index: int, vertices: NDArray[np.float64]) -> NDArray[np.uint8]:
             K = np.diag([*scale, 1]) @ fitted.Ks[index]
             image = cv2.resize(frames.image(index), size, interpolation=cv2.INTER_AREA)
             seen = fitted.track.landmarks[index, :, :2] * scale
-            yield overlay(image, vertices, fitted.head_faces, K, seen)
+            return overlay(image, vertices, fitted.head_faces, K, seen)
+
+        with ThreadPoolExecutor(max(1, run.threads)) as pool:
+            for start in range(0, len(indices), CHUNK):
+                run.check_stop()
+                rows = indices[start : start + CHUNK]
+                yield from pool.map(draw, rows, fitted.vertices_cam(rows))
 
     several = frames.shots[-1] > frames.shots[0]
 
@@ -392,7 +398,8 @@ def _draw(run: StageRun, fitted: _Fitted) -> None:
 
     T = len(frames)
     shown = evenly(T, 8)
-    sheet = contact_sheet(list(overlays(shown, SHEET_SIDE_PX)), [label(i) for i in shown])
+    pictures = list(overlays(shown, SHEET_SIDE_PX))
+    sheet = contact_sheet(pictures, [label(i) for i in shown], width=pictures[0].shape[1])
     save_image(run.work / "overlay.jpg", sheet, 90)
 
     in_video = evenly(T, VIDEO_FRAMES)
@@ -501,4 +508,11 @@ def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int3
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
-STAGE = Stage("fit", 6, ("decode", "track"), fit, description="camera, head shape, poses and expressions")
+STAGE = Stage(
+    "fit",
+    7,
+    ("decode", "track"),
+    fit,
+    description="camera, head shape, poses and expressions",
+    data=lambda config: {"head": head_data(config.fit.head)},
+)
