@@ -70,7 +70,7 @@ def fit(run: StageRun) -> Result:
 
     settings = run.config.fit
     frames = FrameSet.load(run.subject.stage("decode"))
-    head = load_head(settings.head)
+    head = load_head(settings.head, run.reporter.message)
     track = _read_track(run, head, len(frames))
     if track.usable.sum() < MIN_FRAMES:
         why = _reasons(track)
