@@ -60,10 +60,13 @@ SIZE = 0.005  # relative size of the face about the average one's: perspective t
 IDENTITY = 0.15  # identity about 0, in half ranges of each coefficient
 SHAPE_OFFSET_M, SHAPE_OFFSET_SHARE = 1.5e-3, 0.5  # offset of an expression's shape: at least, and per its own size
 
+# MediaPipe's lids stay a slit apart where eyes are closed; the model's meet, and have to go on doing so.
+BLINK_OFFSET_M = 1e-4
+
 # Expression about MediaPipe's scores: at least, and per unit of the highest score in the clip. Blinks are read off the
 # lids; gaze shapes hardly move landmarks.
 SCORE_LEAST, SCORE_SHARE = 0.03, 0.15
-BLINK = 0.02
+BLINK = 0.003
 GAZE_SHAPE = 0.03
 DISTRUST = 1e-3
 
@@ -804,7 +807,9 @@ def _identity_sigma(head: LandmarkHead) -> Floats:
 def _offset_sigma(head: LandmarkHead) -> Floats:
     """[1 + E, M] expected size of the neutral landmarks' offsets and of those of each expression's shape, metres."""
     size = np.linalg.norm(head.expression[:, head.face], axis=2)
-    return np.concatenate([head.error_m[None, head.face], SHAPE_OFFSET_M + SHAPE_OFFSET_SHARE * size])
+    shapes = SHAPE_OFFSET_M + SHAPE_OFFSET_SHARE * size
+    shapes[list(head.blink)] = BLINK_OFFSET_M
+    return np.concatenate([head.error_m[None, head.face], shapes])
 
 
 def _depth_scale(head: LandmarkHead, observations: Observations, state: FitState, frames: NDArray[np.int64]) -> float:

@@ -109,6 +109,8 @@ def test_closed_eyes_are_fitted_closed() -> None:
     truth = clip().expression[:, blink]
     assert (truth > 0.95).any()
     assert (fitted().expression[:, blink][truth > 0.95] > 0.8).all()
+    offsets = np.abs(fitted().offsets[1:][list(head().blink)])
+    assert offsets.max() < 3e-4, "what the model's blink closes stays closed"
 
 
 def test_expression_and_identity_stay_in_their_boxes() -> None:
