@@ -510,7 +510,7 @@ def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int3
 
 STAGE = Stage(
     "fit",
-    7,
+    8,
     ("decode", "track"),
     fit,
     description="camera, head shape, poses and expressions",
