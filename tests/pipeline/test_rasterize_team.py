@@ -98,17 +98,25 @@ def _child(results: Any) -> None:
     results.put((len(team._team.members), _two_work_at_once()))
 
 
+def _work_and_fork(results: Any) -> None:
+    before = _two_work_at_once()
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(results,))
+    child.start()
+    child.join()
+    results.put((child.exitcode, before))
+
+
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 def test_a_forked_child_hires_its_own_members() -> None:
-    assert _two_work_at_once()
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    process = context.Process(target=_child, args=(results,))
+    # In a process of its own: what other tests have started would end with the child, too.
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=_work_and_fork, args=(results,))
     process.start()
-    assert results.get(timeout=60) == (0, True)
-    process.join()
+    process.join(200)
     assert process.exitcode == 0
+    assert results.get() == (0, True), "no members before its first job, two at work then"
+    assert results.get() == (0, True), "the child ended well, its parent worked before"
 
 
 def test_the_interpreter_ends_while_members_are_awake() -> None:
