@@ -10,8 +10,10 @@ import contextlib
 from typing import Any
 
 from flows.environment import quiet_prefect
+from pipeline.threads import one_blas_thread
 
 quiet_prefect()
+one_blas_thread()
 
 from prefect import flow, task  # noqa: E402  the environment must be set first
 from prefect.cache_policies import NO_CACHE  # noqa: E402

@@ -16,6 +16,7 @@ import tyro
 
 from pipeline import __version__
 from pipeline.errors import HeadcastError, Interrupted, UserError
+from pipeline.threads import one_blas_thread
 
 Data = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Json = Annotated[bool, tyro.conf.arg(name="json")]
@@ -142,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments in (["--version"], ["version"]):
         sys.stdout.write(f"headcast {__version__}\n")
         return
+    one_blas_thread()
     commands: dict[str, Callable[..., Any]] = {
         "run": Run,
         "status": Status,
