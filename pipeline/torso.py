@@ -8,7 +8,9 @@ PAMI 2008). Depth and turns out of the image plane are not looked for: they hard
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -129,7 +131,8 @@ def register(
         count: T.
         reference: the frame all others are compared with.
         mask: [R,R] where the reference shows the torso.
-        on_frame: called after each frame.
+        on_frame: called after each frame, by one thread at a time: what comes before and what comes after the reference
+            are followed side by side.
     """
     import cv2
 
@@ -139,7 +142,9 @@ def register(
     trusted = np.zeros(count, bool)
     trusted[reference] = True
     stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, ITERATIONS, PRECISION)
-    for frames in (range(reference + 1, count), range(reference - 1, -1, -1)):
+    one_at_a_time = threading.Lock()
+
+    def follow(frames: range) -> None:
         warp = np.eye(2, 3, dtype=np.float32)
         for frame in frames:
             try:
@@ -151,7 +156,11 @@ def register(
             if correlation >= MIN_CORRELATION:
                 warp, trusted[frame] = found, True
                 angle_shift[frame] = _angle_and_shift(warp, mask)
-            on_frame()
+            with one_at_a_time:
+                on_frame()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(follow, (range(reference + 1, count), range(reference - 1, -1, -1))))
     times = np.arange(count)
     for column in range(3):
         angle_shift[:, column] = np.interp(times, times[trusted], angle_shift[trusted, column])
