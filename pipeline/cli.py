@@ -350,7 +350,7 @@ def _doctor(command: Doctor) -> tuple[dict[str, Any], str, int]:
     lines = [f"{f.level:<9}{f.what}" + (f"\n         -> {f.fix}" if f.fix else "") for f in findings]
     level = worst(findings)
     document = {"schema": 1, "level": level, "findings": [vars(finding) for finding in findings]}
-    return document, "\n".join([*lines, f"headcast is {level} here."]), LEVELS.index(level)
+    return document, "\n".join([*lines, f"Overall: {level}."]), LEVELS.index(level)
 
 
 def _assets(command: Assets) -> tuple[dict[str, Any], str, int]:

@@ -43,7 +43,7 @@ def _numpy_too(function: Callable[..., Tensor]) -> Callable[..., Any]:
     def wrapper(*arrays: Any) -> Any:
         if isinstance(arrays[0], Tensor):
             return function(*arrays)
-        return function(*(torch.from_numpy(np.asarray(array)) for array in arrays)).numpy()
+        return function(*(torch.from_numpy(np.require(array, requirements="W")) for array in arrays)).numpy()
 
     return wrapper
 
