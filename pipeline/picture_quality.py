@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.faces import Face
 
 BLACK_LUMA = 10
-"""Grey value that a black frame's brightest places do not exceed."""
+"""Grey value that a black frame's brightest places, or a black bar's, do not exceed."""
 BURNT_LUMA = 250
 """Grey value from which nothing can be told apart."""
 CUT_CHANGE = 0.5

@@ -21,15 +21,12 @@ from pipeline.config import DecodeConfig
 from pipeline.dataset import write_atomic, write_json
 from pipeline.errors import UserError
 from pipeline.frames import SCHEMA, contact_sheet, counted, evenly, frame_file, save_image
+from pipeline.picture_quality import BLACK_LUMA, CUT_CHANGE, colour_histogram, histogram_change
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
     from pipeline.video import Frame, VideoInfo
 
-CUT_CHANGE = 0.5
-"""Share of a colour histogram that changes at a cut; true cuts are seen at 0.9 and more, fast motion below 0.1."""
-BLACK_LUMA = 10
-"""Grey value that a black frame's brightest places, or a black bar's, do not exceed."""
 REPEAT_SHARE = 0.1
 """A repeated frame changes by at most this share of what the frames around it do."""
 REPEAT_LUMA = 2.0
@@ -287,7 +284,7 @@ def _survey(run: StageRun, path: Path, promised: int, file: Path) -> Survey:
             run.check_stop()
             thumbnail, histogram, row, column = _measure(frame)
             dark = bool(row.max() <= BLACK_LUMA)
-            cut = before is None or black[-1] or 1 - np.minimum(histogram, before[1]).sum() > CUT_CHANGE
+            cut = before is None or black[-1] or histogram_change(histogram, before[1]) > CUT_CHANGE
             if not dark and cut:
                 rows.append(row)
                 columns.append(column)
@@ -323,8 +320,7 @@ def _measure(
 
     luma = frame.luma()
     thumbnail = cv2.resize(luma, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).astype(np.float32)
-    colours = frame.rgb(64, 64)
-    histogram = cv2.calcHist([colours], [0, 1, 2], None, [8] * 3, [0, 256] * 3).ravel().astype(np.float64) / 64**2
+    histogram = colour_histogram(frame.rgb(64, 64))
     height, width = luma.shape
     row = cv2.resize(luma, (min(64, width), height), interpolation=cv2.INTER_AREA).max(axis=1)
     column = cv2.resize(luma, (width, min(64, height)), interpolation=cv2.INTER_AREA).max(axis=0)

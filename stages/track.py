@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.advice import BLUR_SHARE
 from pipeline.assets import FACE_LANDMARKER, asset_path
 from pipeline.config import TrackConfig
 from pipeline.dataset import write_atomic
 from pipeline.errors import StageError
 from pipeline.faces import FACE_OVAL, Detector, Face
 from pipeline.frames import FrameSet, contact_sheet, counted, evenly, ranges_text, save_image
+from pipeline.picture_quality import face_detail
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
@@ -39,8 +41,6 @@ OFF_FRAME_SHARE = 0.05
 """Share of the face's outline outside the picture from which a frame counts as off-frame."""
 COVERED_ENTER, COVERED_LEAVE = 0.1, 0.08
 """Share of the face that must look wrong for an occlusion to begin, and to go on."""
-BLUR_SHARE = 0.4
-"""A face with less than this share of the clip's usual detail is blurred."""
 SMALL_FACE_PX = 100
 
 
@@ -511,7 +511,7 @@ def _judge(run: StageRun, frames: FrameSet, arrays: dict[str, Any]) -> None:
         run.check_stop()
         grey = cv2.cvtColor(frames.picture(int(index)), cv2.COLOR_RGB2GRAY)
         values[index], visible[index] = sample_face(grey, landmarks[index], layout)
-        detail[index] = _detail(grey, arrays["boxes"][index])
+        detail[index] = face_detail(grey, arrays["boxes"][index])
     covered = np.zeros(len(frames))
     occluded = np.zeros(len(frames), bool)
     for first, last in _ranges(frames.shots):
@@ -537,19 +537,6 @@ def _judge(run: StageRun, frames: FrameSet, arrays: dict[str, Any]) -> None:
             arrays["blurred"][first:last] = there & (detail[first:last] < BLUR_SHARE * usual)
     arrays["usable"] = clear
     arrays["confidence"] = np.where(detected, (1 - covered) * (1 - outside), 0).astype(np.float32)
-
-
-def _detail(grey: NDArray[np.uint8], box: NDArray[np.floating]) -> float:
-    """Mean square of the Laplacian over the face, brought to one size so that distance does not count."""
-    import cv2
-
-    x0, y0 = np.maximum(box[:2], 0).astype(int)
-    x1, y1 = np.ceil(box[2:]).astype(int)
-    face = grey[y0 : max(y1, y0), x0 : max(x1, x0)]
-    if min(face.shape) < 2:
-        return 0.0
-    even = cv2.resize(face, (128, 128), interpolation=cv2.INTER_AREA)
-    return float((cv2.Laplacian(even, cv2.CV_32F) ** 2).mean())
 
 
 def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
