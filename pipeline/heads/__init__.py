@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.geometry import rotvec_to_matrix
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from pipeline.heads.external import HeadFile
 
@@ -104,6 +102,9 @@ class HeadModel:
             neck: [T, 3] rotation vectors of the head relative to the torso, about the origin.
             eyes: [T, 2, 3] rotation vectors of the left and right eye about their centres.
         """
+        import torch
+
+        from pipeline.geometry import rotvec_to_matrix
 
         def tensor(array: NDArray[np.float32]) -> Tensor:
             return torch.from_numpy(array).to(device=expression.device, dtype=expression.dtype)
@@ -125,6 +126,8 @@ class HeadModel:
 
     def landmarks(self, vertices: Tensor) -> Tensor:
         """MediaPipe's 478 landmarks [T, 478, 3] on vertices [T, V, 3]."""
+        import torch
+
         corners = torch.from_numpy(self.faces[self.landmark_faces].astype(np.int64)).to(vertices.device)
         bary = torch.from_numpy(self.landmark_bary).to(device=vertices.device, dtype=vertices.dtype)
         return torch.einsum("lc,tlci->tli", bary, vertices[:, corners])
@@ -134,6 +137,7 @@ class HeadModel:
 
         A start for a fit and a way to drive the eyes from ARKit coefficients alone, not a calibrated gaze.
         """
+        import torch
 
         def angle(direction: str, side: str) -> Tensor:
             index = self.expression_names.index(f"eyeLook{direction}{side}")

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.geometry import rotvec_to_matrix
 from pipeline.heads.external import HeadFile, NativeHead, check_shapes
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ def read_flame(path: Path) -> NativeHead:
     """
     from scipy import sparse
 
+    from pipeline.geometry import rotvec_to_matrix
     from pipeline.restricted_pickle import load_plain
 
     data = load_plain(path)

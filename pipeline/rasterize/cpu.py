@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.rasterize import Outputs, check_finite, kernels, team
 from pipeline.rasterize.harmonics import sh_to_colors
+from pipeline.rasterize.reference import ALPHA_FLOOR
 from pipeline.rasterize.simd import LANES
 
 
@@ -75,7 +76,7 @@ def rasterize(
         alpha = this_alpha if alpha is None else alpha
     assert alpha is not None
     image = images[0] if len(images) == 1 else torch.cat(images, dim=-1)
-    depth_image = image[..., channels] / alpha.clamp_min(1e-10) if depth else None
+    depth_image = image[..., channels] / alpha.clamp_min(ALPHA_FLOOR) if depth else None
     if image.shape[-1] != channels:
         image = image[..., :channels]
     return image, alpha, means2d, radii, depths, depth_image
@@ -91,10 +92,10 @@ def _three(values: Tensor | None, first: int) -> Tensor | None:
 
 def _camera(viewmat: Tensor, K: Tensor, width: int, height: int) -> Tensor:
     """The packed camera of `kernels.CAMERA` floats."""
-    rows, (row_u, row_v, _) = viewmat.tolist(), K.tolist()
+    rows, (row_u, row_v, row_w) = viewmat.tolist(), K.tolist()
     values = [*rows[0][:3], *rows[1][:3], *rows[2][:3], rows[0][3], rows[1][3], rows[2][3]]
     values += [row_u[0], row_v[1], row_u[2], row_v[2], width, height]
-    if not math.isfinite(sum(values)):
+    if not math.isfinite(sum(values) + sum(rows[3]) + sum(row_u) + sum(row_v) + sum(row_w)):
         check_finite(viewmat=viewmat, K=K)
     if not (row_u[0] > 0 and row_v[1] > 0):
         raise ValueError(f"K has focal lengths {row_u[0]} and {row_v[1]}; expected both above 0")

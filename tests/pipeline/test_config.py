@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
-from pipeline.config import PRESETS, Config, describe, differences, override, preset_config
+from pipeline import cli
+from pipeline.config import PRESETS, Config, Head, describe, differences, override, preset_config
 from pipeline.errors import UserError
+from pipeline.heads import head_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,3 +72,10 @@ def test_every_setting_is_explained() -> None:
     rows = describe()
     assert rows
     assert [name for name, _, text in rows if len(text) < 10] == []
+
+
+def test_head_models_are_the_ones_there_are() -> None:
+    # Written out in three places, because the command line and the settings must not load the head models to name them.
+    names = {"flame", *head_names()}
+    assert set(get_args(Head)) == names
+    assert set(get_args(get_type_hints(cli.Run, include_extras=False)["head"])) == names
