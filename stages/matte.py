@@ -10,7 +10,6 @@ frames between are carried over from both sides, unless the two disagree.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from pipeline.assets import U2NETP, asset_path, fetch_rembg_model, rembg_home
 from pipeline.dataset import write_json
 from pipeline.errors import StageError
 from pipeline.frames import FrameSet, alpha_file, contact_sheet, evenly, ranges_text, save_image
+from pipeline.matting.flow import boundary_length, carry, single_threaded_opencv
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
@@ -225,41 +225,6 @@ def key_frames(present: NDArray[np.bool_], shots: NDArray[np.int64], every: int)
         if len(stretch):
             keys += sorted({*stretch[::every].tolist(), int(stretch[-1])})
     return keys
-
-
-def carry(source: Image, target: Image, alpha: Image) -> Image:
-    """A frame's alpha [H, W] moved to another frame by dense optical flow (DIS, Kroeger et al. 2016) at half size."""
-    import cv2
-
-    height, width = alpha.shape
-    half = (max(width // 2, 32), max(height // 2, 32))
-    to, origin = (
-        cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), half, interpolation=cv2.INTER_AREA)
-        for image in (target, source)
-    )
-    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(to, origin, None)
-    flow = cv2.resize(flow, (width, height)) * np.array([width / half[0], height / half[1]], np.float32)
-    at = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32) + flow
-    return np.asarray(cv2.remap(alpha, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.uint8)
-
-
-def boundary_length(alpha: NDArray[np.floating[Any]]) -> float:
-    """Length in pixels of an alpha's boundary, soft or hard: the sum of its gradient's length, for alpha in [0, 1]."""
-    down, right = np.gradient(alpha)
-    return float(np.hypot(down, right).sum())
-
-
-@contextlib.contextmanager
-def single_threaded_opencv() -> Iterator[None]:
-    """Keep OpenCV to one thread meanwhile: its optical flow gives other numbers with other thread counts."""
-    import cv2
-
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(before)
 
 
 class Jitter:
