@@ -72,6 +72,8 @@ class MatteConfig(Section):
     """The network sees every n-th frame; the alphas between are carried by optical flow where that agrees; 1: all."""
     steady_frames: int = Field(5, ge=1, le=15)
     """Length of the median over time; 1 switches it off."""
+    alpha: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    """Alphas of your own in place of the network's: sha256 over them; `--alpha FOLDER_OR_VIDEO` sets it."""
 
 
 class FitConfig(Section):

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from pipeline.assets import U2NETP, asset_path, fetch_rembg_model, rembg_home
 from pipeline.dataset import write_json
-from pipeline.errors import StageError
+from pipeline.errors import StageError, UserError
 from pipeline.frames import FrameSet, alpha_file, contact_sheet, evenly, ranges_text, save_image
+from pipeline.matting.given import GivenAlpha, given_alpha
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
@@ -49,9 +50,13 @@ def run(run: StageRun) -> Result:
 
     Raises:
         StageError: the model is not on this machine, or it finds the person in no frame.
+        UserError: alphas that were given do not fit.
     """
     frames = FrameSet.load(run.subject.stage("decode"))
     landmarks, present = _faces(run, len(frames))
+    given = given_alpha(run.subject, run.config.matte.alpha, frames, run.threads)
+    if given is not None:
+        return _run_given(run, frames, given, landmarks, present)
     network = Network(run, frames)
     padding = _choose_padding(run, network, present, frames.shots)
     started = time.monotonic()
@@ -92,6 +97,54 @@ def run(run: StageRun) -> Result:
     _write_contact_sheet(run, frames, wanted)
     speed = None if per_frame is None else round(per_frame, 1)
     return Result(_verdict(figures, present, lost), {**figures, "ms_per_frame": speed})
+
+
+def _run_given(
+    run: StageRun,
+    frames: FrameSet,
+    given: GivenAlpha,
+    landmarks: NDArray[np.float32],
+    present: NDArray[np.bool_],
+) -> Result:
+    """Write alphas as they were given, in every frame; measure them, and see that the tracked face is in them."""
+    (run.work / "alpha").mkdir(exist_ok=True)
+    jitter, shares, missing = Jitter(), [], np.zeros(len(frames), bool)
+    with run.reporter.task("matte", len(frames), "frames") as task:
+        for index in range(len(frames)):
+            run.check_stop()
+            path = run.work / alpha_file(index)
+            if not path.is_file():
+                save_image(path, given(index))
+            alpha = _read_grey(path)
+            if index and frames.shots[index] != frames.shots[index - 1]:
+                jitter.add(None)
+            jitter.add(alpha)
+            if present[index]:
+                inside = alpha[_face_hull(landmarks[index], alpha.shape) > 0]
+                missing[index] = len(inside) > 0 and inside.mean() < FACE_SHARE * 255
+                solid, edge = int((alpha >= 242).sum()), int(((alpha > 13) & (alpha < 242)).sum())
+                shares.append(edge / max(solid + edge, 1))
+            task.advance()
+    wanted = [int(i) for i in np.flatnonzero(present)]
+    if missing[present].all():
+        raise UserError(
+            f"The tracked face is in none of {len(wanted)} frames by {given.origin}.",
+            "see that white is the subject and that they are of this video; --person names whom to track",
+        )
+    figures: dict[str, Any] = {
+        "flicker_px": round(jitter.mean(), 3),
+        "partial_alpha_share": round(float(np.mean(shares)), 4),
+        "frames": len(wanted),
+        "lost_frames": int(missing.sum()),
+    }
+    write_json(run.work / "matte.json", {"schema": 1, "model": None, "given": given.origin, **figures})
+    _write_contact_sheet(run, frames, wanted)
+    text = f"{len(frames)} frames from {given.origin}, edge jitter {figures['flicker_px']:.2f} px"
+    level: Level = "good"
+    if missing.any():
+        level = "poor" if missing.sum() > 0.1 * len(wanted) else "fair"
+        text += f"; the face is left out in {ranges_text(missing)}"
+    return Result(Verdict(level, f"Matte: {level}. {text}.", "contact.jpg"), {**figures, "ms_per_frame": None})
 
 
 class Network:
