@@ -150,20 +150,34 @@ class _VideoFrame(Frame):
     def _alpha(self) -> NDArray[np.uint8] | None:
         if not any(component.is_alpha for component in self._twin.format.components):
             return None
-        return np.ascontiguousarray(self._converted("rgba", self.width, self.height, self._twin)[..., 3])
+        # Not by way of RGBA: swscale (FFmpeg 8) leaves out the last columns of YUVA 4:2:0's alpha at some widths.
+        plane = self._reformatted(self._twin, "ya8", self.width, self.height).planes[0]
+        height, width = (self.height, self.width) if self._turn[0] else (self.width, self.height)
+        pairs = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : 2 * width]
+        return np.ascontiguousarray(_upright(pairs[:, 1::2], self._turn))
 
-    def _converted(self, pixel_format: str, width: int, height: int, source: Any = None) -> NDArray[Any]:
-        """The upright picture in a full-range format; colour space and range are named, not left to defaults."""
+    def _converted(self, pixel_format: str, width: int, height: int) -> NDArray[Any]:
+        """The upright picture in a full-range format."""
+        frame = self._reformatted(self._frame, pixel_format, width, height)
+        return np.ascontiguousarray(_upright(frame.to_ndarray(), self._turn))
+
+    def _reformatted(self, frame: Any, pixel_format: str, width: int, height: int) -> Any:
+        """A frame as it is stored, in a full-range format; colour space and range are named, not left to defaults.
+
+        Args:
+            frame: PyAV's.
+            pixel_format: FFmpeg's name.
+            width, height: of the upright picture.
+        """
         stored = (width, height) if self._turn[0] else (height, width)
-        frame = (source or self._frame).reformat(
+        return frame.reformat(
             *stored,
             format=pixel_format,
-            src_colorspace=_colourspace(self._frame, *self._stored),
-            src_color_range="JPEG" if _is_full_range(self._frame) else "MPEG",
+            src_colorspace=_colourspace(frame, *self._stored),
+            src_color_range="JPEG" if _is_full_range(frame) else "MPEG",
             dst_color_range="JPEG",
-            interpolation="AREA" if stored != (self._frame.width, self._frame.height) else "BICUBIC",
+            interpolation="AREA" if stored != (frame.width, frame.height) else "BICUBIC",
         )
-        return np.ascontiguousarray(_upright(frame.to_ndarray(), self._turn))
 
 
 def _over_white(colour: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:

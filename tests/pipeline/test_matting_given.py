@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import cv2
-import imageio_ffmpeg
 import numpy as np
 import pytest
+from alpha_clips import movie, turned
 from numpy.typing import NDArray
 
 from pipeline.config import Config, DecodeConfig
@@ -47,21 +44,6 @@ def folder(path: Path, images: list[Image], name: str = "a{:03d}.png") -> Path:
     path.mkdir()
     for number, image in enumerate(images):
         assert cv2.imwrite(str(path / name.format(number)), image)
-    return path
-
-
-def movie(path: Path, images: list[Image], codec: str, pixel_format: str, given: str = "rgb24") -> Path:
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=25)
-        stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt = pixel_format
-        if codec == "libx264":
-            stream.options = {"crf": "4"}
-        for number, image in enumerate(images):
-            frame = av.VideoFrame.from_ndarray(image, format=given).reformat(format=pixel_format)
-            frame.pts, frame.time_base = number, Fraction(1, 25)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
     return path
 
 
@@ -131,11 +113,8 @@ def test_alphas_go_the_way_of_their_frames(tmp_path: Path, subject: Subject) -> 
     barred = [cv2.copyMakeBorder(image, 12, 12, 0, 0, cv2.BORDER_CONSTANT) for image in pictures(COUNT, 200, 120)]
     barred = [image for number, image in enumerate(barred) for _ in range(2 if number == 5 else 1)]
     stored = clip(tmp_path / "stored.mp4", [np.ascontiguousarray(np.rot90(image, 3)) for image in barred])
-    turned = tmp_path / "turned.mp4"
-    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-display_rotation", "90"]
-    subprocess.run([*ffmpeg, "-i", stored, "-c", "copy", turned], check=True)
     other = pictures(COUNT, 96, 90, seed=1)
-    clips = [turned, clip(tmp_path / "other.mp4", other)]
+    clips = [turned(stored), clip(tmp_path / "other.mp4", other)]
     alphas = [folder(tmp_path / "one", barred), movie(tmp_path / "two.mkv", other, "ffv1", "gray")]
     check_alphas(clips, alphas, 110)
     frames = decoded(subject, clips, max_side_px=110)
