@@ -52,6 +52,8 @@ class Run(Common):
     """Which of several people: their number from the left where the most are seen; by default who is seen longest."""
     like: Annotated[Path | None, tyro.conf.arg(metavar="PHOTO")] = None
     """Which of several people: a photograph of the one; needs a face recognition model of your own."""
+    alpha: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER_OR_VIDEO")] = ()
+    """Alphas of your own: a video or a folder of images, one for every frame; for several clips given once for each."""
     no_check: bool = False
     """Do not look at new videos beforehand and say what to film again."""
     preset: Literal["quick", "standard", "best"] = "quick"
@@ -257,6 +259,7 @@ def _run(command: Run) -> tuple[dict[str, Any], str, int]:
             subject=command.subject,
             videos=command.videos,
             like=command.like,
+            alpha=command.alpha,
             check=not command.no_check,
             preset=command.preset,
             settings=tuple(settings),

@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.cameras import crop_intrinsics
 from pipeline.dataset import Subject, read_json
 from pipeline.errors import StageError
+from pipeline.frames import alpha_file, confidence_file, foreground_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,7 +44,7 @@ class Clip:
         expression: [T,E] coefficients of `expression_names`. identity: [S].
         usable: [T] whether a frame's fit can be relied on. times: [T] seconds from the clip's start.
         head: name of the head model.
-        frames, alphas: [T] paths.
+        foregrounds, alphas, confidences: [T] paths of the matte stage's images.
         image_sizes: [C] (width, height) of what the decoded frames hold of the picture; None where every crop lies
             inside.
         landmark_offsets: [L,3] and expression_offsets: [E,L,3] what makes the head personal; None for the plain model.
@@ -63,14 +64,15 @@ class Clip:
     usable: NDArray[np.bool_]
     times: NDArray[np.float64]
     head: str
-    frames: tuple[Path, ...]
+    foregrounds: tuple[Path, ...]
     alphas: tuple[Path, ...]
+    confidences: tuple[Path, ...]
     image_sizes: tuple[tuple[int, int], ...] | None = None
     landmark_offsets: NDArray[np.float32] | None = None
     expression_offsets: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
-        return len(self.frames)
+        return len(self.alphas)
 
     def inside(self) -> NDArray[np.float32]:
         """[C,R,R] share of each of a crop's pixels that lies inside the frame.
@@ -110,10 +112,12 @@ class Crops:
 
     Attributes:
         images: [n,R,R,3] uint8 RGB over white. alphas: [n,R,R] uint8.
+        confidences: [n,R,R] uint8, how sure the alphas are; 255 outside the frame.
     """
 
     images: NDArray[np.uint8]
     alphas: NDArray[np.uint8]
+    confidences: NDArray[np.uint8]
 
 
 def split(count: int, holdout: float, min_holdout: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -202,8 +206,9 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
         usable=arrays["usable"].astype(bool),
         times=np.array([frame["time"] for frame in frames], np.float64),
         head=str(_take(fit, "head", (), path)),
-        frames=tuple(subject.stage("decode") / frame["file"] for frame in frames),
-        alphas=tuple(subject.stage("matte") / "alpha" / f"{frame['index']:06d}.png" for frame in frames),
+        foregrounds=tuple(subject.stage("matte") / foreground_file(index) for index in range(count)),
+        alphas=tuple(subject.stage("matte") / alpha_file(index) for index in range(count)),
+        confidences=tuple(subject.stage("matte") / confidence_file(index) for index in range(count)),
         image_sizes=tuple((int(contents[take][0]), int(contents[take][1])) for take in takes),
         landmark_offsets=offsets.get("landmark_offsets"),
         expression_offsets=offsets.get("expression_offsets"),
@@ -217,7 +222,7 @@ def load_crops(
     threads: int = 1,
     on_frame: Callable[[], None] = lambda: None,
 ) -> Crops:
-    """Frames and alphas of these indices as square crops over white; what lies outside the frame is white, alpha 0.
+    """Subject, alphas and confidences of these indices as square crops over white; what lies outside the frame is white, alpha 0.
 
     Args:
         clip: whose frames.
@@ -230,59 +235,65 @@ def load_crops(
     """
     size = clip.resolution
     images = np.empty((len(indices), size, size, 3), np.uint8)
-    alphas = np.empty((len(indices), size, size), np.uint8)
+    alphas, confidences = (np.empty((len(indices), size, size), np.uint8) for _ in range(2))
 
     def load(row: int) -> None:
         frame = int(indices[row])
-        images[row], alphas[row] = _load_crop(
-            clip.frames[frame], clip.alphas[frame], clip.crops[clip.cameras[frame]], size
+        images[row], alphas[row], confidences[row] = _load_crop(
+            clip.foregrounds[frame],
+            clip.alphas[frame],
+            clip.confidences[frame],
+            clip.crops[clip.cameras[frame]],
+            size,
         )
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for _ in pool.map(load, range(len(indices))):
             on_frame()
-    return Crops(images, alphas)
+    return Crops(images, alphas, confidences)
 
 
 def _load_crop(
-    frame_path: Path, alpha_path: Path, crop: tuple[int, int, int], resolution: int
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    foreground_path: Path, alpha_path: Path, confidence_path: Path, crop: tuple[int, int, int], resolution: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
     import cv2
 
-    frame = _read_picture(frame_path, cv2.IMREAD_COLOR_RGB, "decode")
-    alpha = _read_picture(alpha_path, cv2.IMREAD_GRAYSCALE, "matte")
-    if frame.shape[:2] != alpha.shape:
-        raise StageError(
-            f"'{alpha_path}' has {alpha.shape[::-1]} pixels, its frame {frame.shape[1::-1]}.",
-            "run: headcast rerun SUBJECT --from matte",
-        )
+    foreground = _read_picture(foreground_path, cv2.IMREAD_COLOR_RGB)
+    alpha, confidence = (_read_picture(path, cv2.IMREAD_GRAYSCALE) for path in (alpha_path, confidence_path))
+    for path, other in ((foreground_path, foreground), (confidence_path, confidence)):
+        if other.shape[:2] != alpha.shape:
+            raise StageError(
+                f"'{path}' has {other.shape[1::-1]} pixels, its alpha {alpha.shape[::-1]}.",
+                "run: headcast rerun SUBJECT --from matte",
+            )
     x0, y0, side = crop
     height, width = alpha.shape
     left, top = min(max(x0, 0), width), min(max(y0, 0), height)
     right, bottom = min(max(x0 + side, left), width), min(max(y0 + side, top), height)
     opacity = alpha[top:bottom, left:right, None].astype(np.float32) / 255
-    inside = frame[top:bottom, left:right].astype(np.float32)
-    canvas = np.zeros((side, side, 4), np.float32)
-    canvas[..., :3] = 255
+    inside = foreground[top:bottom, left:right].astype(np.float32)
+    canvas = np.zeros((side, side, 5), np.float32)
+    canvas[..., [0, 1, 2, 4]] = 255
     window = canvas[top - y0 : bottom - y0, left - x0 : right - x0]
     window[..., :3] = 255 + opacity * (inside - 255)
-    window[..., 3:] = 255 * opacity
+    window[..., 3] = 255 * opacity[..., 0]
+    window[..., 4] = confidence[top:bottom, left:right]
     # Averaging over areas is right for reducing only; enlarging with it would repeat pixels.
     how = cv2.INTER_AREA if side >= resolution else cv2.INTER_LINEAR
     resized = cv2.resize(canvas, (resolution, resolution), interpolation=how)
     rounded = np.clip(resized + 0.5, 0, 255).astype(np.uint8)
-    return rounded[..., :3], rounded[..., 3]
+    return rounded[..., :3], rounded[..., 3], rounded[..., 4]
 
 
-def _read_picture(path: Path, flags: int, stage: str) -> NDArray[np.uint8]:
+def _read_picture(path: Path, flags: int) -> NDArray[np.uint8]:
     import cv2
 
     try:
         picture = cv2.imdecode(np.fromfile(path, np.uint8), flags)
     except (OSError, cv2.error) as error:
-        raise StageError(f"'{path}' cannot be read: {error}.", f"run: headcast rerun SUBJECT --from {stage}") from error
+        raise StageError(f"'{path}' cannot be read: {error}.", "run: headcast rerun SUBJECT --from matte") from error
     if picture is None:
-        raise StageError(f"'{path}' is damaged.", f"run: headcast rerun SUBJECT --from {stage}")
+        raise StageError(f"'{path}' is damaged.", "run: headcast rerun SUBJECT --from matte")
     return np.asarray(picture, np.uint8)
 
 

@@ -64,14 +64,20 @@ class TrackConfig(Section):
 class MatteConfig(Section):
     """From frames to foreground alpha."""
 
-    model: str = Field("u2netp", pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    """A rembg model by name; all but u2netp are fetched by rembg from their publisher."""
+    source: Literal["auto", "network", "chroma"] = "auto"
+    """Where alphas come from: auto keys an even green or blue screen where there is one, else asks the network."""
+    model: str = Field("selfie_segmentation", pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """The network: selfie_segmentation (MediaPipe), u2netp, or a rembg model by name, fetched from its publisher."""
     padding: float = Field(0.25, ge=0, le=1)
-    """Replicated border added before inference, as a share of the frame's sides."""
-    key_every: int = Field(2, ge=1, le=8)
-    """The network sees every n-th frame; the alphas between are carried by optical flow where that agrees; 1: all."""
-    steady_frames: int = Field(5, ge=1, le=15)
-    """Length of the median over time; 1 switches it off."""
+    """Replicated border to try before inference, as a share of the frame's sides; kept where it flickers less."""
+    key_every: int | None = Field(None, ge=1, le=8)
+    """The network sees every n-th frame, optical flow carries the alphas between; by default 1, and 3 for slow ones."""
+    fuse: bool = True
+    """Take each frame's alpha together with those of the frames around it."""
+    plate: bool = True
+    """Estimate the empty scene behind the person where the camera stands still."""
+    alpha: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    """Alphas of your own in place of the network's: sha256 over them; `--alpha FOLDER_OR_VIDEO` sets it."""
 
 
 class FitConfig(Section):

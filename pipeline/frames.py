@@ -20,6 +20,45 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
+class Window:
+    """Which part of a clip's upright picture its frames show, and at what size."""
+
+    source_size: tuple[int, int]
+    """Width and height of the picture, upright, with square pixels."""
+    bars: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Black bars at the left, top, right and bottom, in source pixels."""
+    scale: float = 1.0
+    """Pixels of a frame per pixel of the source."""
+
+    @staticmethod
+    def within(source_size: tuple[int, int], bars: tuple[int, int, int, int], max_side_px: int) -> Window:
+        """What lies within the bars, reduced so that the longer side has at most so many pixels."""
+        (width, height), (left, top, right, bottom) = source_size, bars
+        return Window(source_size, bars, min(1.0, max_side_px / max(width - left - right, height - top - bottom)))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole source picture at this scale."""
+        return round(self.source_size[0] * self.scale), round(self.source_size[1] * self.scale)
+
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """Rows and columns of that picture within the bars."""
+        (width, height), (left, top, right, bottom) = self.source_size, self.bars
+        return (
+            slice(math.ceil(top * self.scale), math.floor((height - bottom) * self.scale)),
+            slice(math.ceil(left * self.scale), math.floor((width - right) * self.scale)),
+        )
+
+    @property
+    def content(self) -> tuple[int, int]:
+        """Width and height of what lies within the bars."""
+        rows, columns = self.inside
+        width, height = self.size
+        return min(columns.stop, width) - columns.start, min(rows.stop, height) - rows.start
+
+
+@dataclass(frozen=True)
 class FrameSet:
     """The frames that the decode stage wrote, clip after clip, each in order of time."""
 
@@ -99,6 +138,32 @@ class FrameSet:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def has_alpha(self) -> bool:
+        """Whether every clip has an alpha channel of its own, whose values lie in `folder` as a matte's do."""
+        clips = self.record.get("clips") or [{}]
+        return all(clip.get("alpha") is True for clip in clips)
+
+    def window(self, clip: int) -> Window:
+        """Which part of a clip's picture its frames show.
+
+        Raises:
+            UserError: `frames.json` does not tell.
+        """
+        try:
+            about = self.record["clips"][clip]
+            (width, height), (left, top, right, bottom) = about["source_size"], about["bars"]
+            bars = int(left), int(top), int(right), int(bottom)
+            window = Window((int(width), int(height)), bars, float(about["scale"]))
+            if list(window.content) != list(about["content"]):
+                raise ValueError("content does not fit source_size, bars and scale")
+            return window
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"'{self.folder / 'frames.json'}' does not tell where clip {clip} lies in its source: {error}.",
+                "rerun the stage: headcast rerun SUBJECT --from decode",
+            ) from None
+
     def image(self, index: int) -> NDArray[np.uint8]:
         """Frame `index` as sRGB [H, W, 3].
 
@@ -124,7 +189,8 @@ class FrameSet:
 
         Args:
             index: the frame.
-            matte: the matte stage's folder; by default the one beside the decode stage's.
+            matte: the matte stage's folder, by default the one beside the decode stage's; or the decode stage's own,
+                where the clip brought its alpha along (`has_alpha`).
 
         Raises:
             UserError: the file is missing, damaged or of another size.
@@ -133,6 +199,21 @@ class FrameSet:
 
         path = (matte or self.folder.parent / "matte") / alpha_file(index)
         return self._checked(path, _read(path, cv2.IMREAD_GRAYSCALE))
+
+    def foreground(self, index: int, matte: Path | None = None) -> NDArray[np.uint8]:
+        """The subject's own colours in frame `index`, sRGB [H, W, 3]: without what shines through its edge.
+
+        Args:
+            index: the frame.
+            matte: the matte stage's folder, by default the one beside the decode stage's.
+
+        Raises:
+            UserError: the file is missing, damaged or of another size.
+        """
+        import cv2
+
+        path = (matte or self.folder.parent / "matte") / foreground_file(index)
+        return self._checked(path, cv2.cvtColor(_read(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
 
     def _checked(self, path: Path, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if image.shape[:2] != (self.height, self.width):
@@ -149,8 +230,18 @@ def frame_file(index: int) -> str:
 
 
 def alpha_file(index: int) -> str:
-    """Path of a frame's alpha in the matte stage's folder."""
+    """Path of a frame's alpha in the matte stage's folder, or of its own in the decode stage's."""
     return f"alpha/{index:06d}.png"
+
+
+def foreground_file(index: int) -> str:
+    """Path of the subject's own colours in the matte stage's folder."""
+    return f"foreground/{index:06d}.jpg"
+
+
+def confidence_file(index: int) -> str:
+    """Path of how sure a frame's alpha is, in the matte stage's folder."""
+    return f"confidence/{index:06d}.png"
 
 
 def save_image(path: Path, image: NDArray[np.uint8], quality: int = 95) -> None:

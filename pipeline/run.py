@@ -24,13 +24,18 @@ from pipeline.dataset import Dataset, Subject, sha256_file, subject_name_for, wr
 from pipeline.errors import StageError, UserError
 from pipeline.progress import Reporter
 from pipeline.source import (
+    alphas_digest,
+    check_alpha_count,
     check_sources,
     check_span,
+    has_alphas,
     has_photo,
     is_registered,
     read_photo_bytes,
+    register_alphas,
     register_photo,
     register_source,
+    source_paths,
 )
 from pipeline.stage import Stage, State, inspect_stages
 
@@ -55,6 +60,8 @@ class RunRequest(BaseModel):
     """The videos, or folders of images, of one person; none for a subject that is there already."""
     like: Path | None = None
     """A photograph of the person who is meant, where several are in view; it is kept with the videos."""
+    alpha: tuple[Path, ...] = ()
+    """Alphas of the user's own, a video or a folder of images for each clip in order; they are kept with the videos."""
     check: bool = True
     """Look at new videos before anything is done with them, and say what to film again."""
     preset: Preset | None = None
@@ -85,9 +92,12 @@ def resolve_config(request: RunRequest, subject: Subject) -> Config:
     """The settings a request means: its preset and changes; without a video or preset, those of the last run.
 
     Raises:
-        UserError: a setting or the record of the last run does not fit, or the photograph cannot be read.
+        UserError: a setting or the record of the last run does not fit, or a photograph or alphas cannot be read.
     """
     settings = list(request.settings)
+    if request.alpha:
+        check_alpha_count(len(request.alpha), len(request.videos or source_paths(subject)))
+        settings.append(f"matte.alpha={alphas_digest(subject, request.alpha)}")
     if request.like is not None:
         settings.append(f"track.like={hashlib.sha256(read_photo_bytes(request.like)).hexdigest()}")
     if request.preset is None and not request.videos:
@@ -166,6 +176,8 @@ def open_subject(request: RunRequest, subject: Subject, config: Config) -> None:
         register_source(subject, request.videos, request.like)
     elif request.like is not None:
         register_photo(subject, request.like)
+    if request.alpha:
+        register_alphas(subject, request.alpha)
     write_json(subject.root / RUN_RECORD, {"schema": 1, "config": config.model_dump(mode="json")})
 
 
@@ -222,20 +234,28 @@ def nothing_to_do(request: RunRequest, stages: Sequence[Stage]) -> list[State] |
 
 
 def check_input(request: RunRequest, subject: Subject) -> bool:
-    """Refuse bad videos and a bad photograph; whether all of them are part of the subject already. Reads only.
+    """Refuse bad videos, alphas and a bad photograph; whether all of them are part of the subject already. Reads only.
 
     Raises:
-        UserError: a video or the photograph is at fault, or no face recognition model is there for the photograph.
+        UserError: a video, its alphas or the photograph is at fault, or no face recognition model is there for it.
     """
     known = not request.videos or is_registered(subject, request.videos)
     if not known:
         check_sources(request.videos)
-    if request.like is None or (known and has_photo(subject, sha256_file(request.like))):
-        return known
-    from pipeline.recognition import check_photo
+    fulfilled = known
+    if request.alpha and not (known and has_alphas(subject, request.alpha)):
+        from pipeline.matting.given import check_alphas
 
-    check_photo(request.like)
-    return False
+        decoded = subject.stage("decode") if known else None
+        max_side_px = resolve_config(request, subject).decode.max_side_px
+        check_alphas(request.videos or source_paths(subject), request.alpha, max_side_px, decoded, request.threads)
+        fulfilled = False
+    if request.like is not None and not (known and has_photo(subject, sha256_file(request.like))):
+        from pipeline.recognition import check_photo
+
+        check_photo(request.like)
+        fulfilled = False
+    return fulfilled
 
 
 def check_captures_first(request: RunRequest, subject: Subject, reporter: Reporter) -> None:

@@ -25,16 +25,20 @@ from pipeline.dataset import (
     write_json,
 )
 from pipeline.errors import UserError
+from pipeline.frames import counted
 from pipeline.video import IMAGE_SUFFIXES, VideoInfo, image_files, probe
 
 SCHEMA = 2
 MIN_SIDE_PX = 64
 """Smaller pictures cannot show a face that could be tracked."""
 
+_read: dict[str, str] = {}
+"""Hashes that this process has computed, by path and stamp."""
+
 
 @dataclass(frozen=True)
 class _Given:
-    """A clip as it was named: its kind, its files, and their sizes, times of change and inodes."""
+    """A clip, or its alphas, as it was named: its kind, its files, and their sizes, times of change and inodes."""
 
     path: Path
     kind: str
@@ -145,6 +149,90 @@ def is_registered(subject: Subject, paths: Sequence[Path]) -> bool:
     return record is not None and _same_clips(record, given)
 
 
+def check_alpha_count(alphas: int, clips: int) -> None:
+    """Refuse alphas of which it is not plain which clip each is for.
+
+    Raises:
+        UserError: there are not as many as clips.
+    """
+    if alphas != clips:
+        raise UserError(
+            f"--alpha is given {counted(alphas, 'time')} for {counted(clips, 'clip')}.",
+            "give --alpha once for every clip, in the order of the clips",
+        )
+
+
+def alphas_digest(subject: Subject, paths: Sequence[Path]) -> str:
+    """Hash over the alphas given for the clips, in order; those registered are told without reading them.
+
+    Raises:
+        UserError: a path is missing, or a folder without images.
+    """
+    digests = _digests([_look_at(path) for path in paths], (_registered(subject) or {}).get("alphas", []))
+    return _whole(digests)
+
+
+def has_alphas(subject: Subject, paths: Sequence[Path]) -> bool:
+    """Whether these alphas, told by size and time of change, are part of the source already. Reads only.
+
+    Raises:
+        UserError: a path is missing, or a folder without images.
+    """
+    given = [_look_at(path) for path in paths]
+    entries = (_registered(subject) or {}).get("alphas", [])
+    same = [(e["kind"], e["stamp"]) for e in entries] == [(alpha.kind, alpha.stamp) for alpha in given]
+    return same and all(_is_whole(subject, entry) for entry in entries)
+
+
+def register_alphas(subject: Subject, paths: Sequence[Path]) -> dict[str, Any]:
+    """Take the clips' alphas into `source/`, in place of earlier ones; return `source.json`. The caller holds the lock.
+
+    Args:
+        subject: whose source.
+        paths: a video or folder of images for each clip, already found good (`pipeline.matting.given.check_alphas`).
+
+    Raises:
+        UserError: the subject has no source, or a path is missing.
+    """
+    record = _known(subject)
+    given, before = [_look_at(path) for path in paths], record.get("alphas", [])
+    entries = []
+    for alpha, digest in zip(given, _digests(given, before), strict=True):
+        name = f"alpha-{digest[:12]}" + (alpha.path.suffix.lower() if alpha.kind == "video" else "")
+        entry, target = _entry(alpha, name, digest), subject.source / name
+        if not _is_whole(subject, entry) or _digest(_look_at(target)) != digest:
+            incoming = subject.work / "alpha-incoming"
+            _remove(incoming)
+            _put(alpha, incoming)
+            _remove(target)
+            os.rename(incoming, target)
+        entries.append(entry)
+    if entries == before:
+        return record
+    record = {**record, "alphas": entries}
+    write_json(subject.source / "source.json", record)
+    for name in {entry["file"] for entry in before} - {entry["file"] for entry in entries}:
+        _remove(subject.source / name)
+    return record
+
+
+def alpha_paths(subject: Subject, sha256: str) -> list[Path]:
+    """The alphas of the clips that together have this hash, inside the dataset: each a video or a folder of images.
+
+    Raises:
+        UserError: they are not there, or were changed.
+    """
+    record = _known(subject)
+    paths = [subject.source / str(entry["file"]) for entry in record.get("alphas", [])]
+    whole = all(_is_whole(subject, entry) for entry in record.get("alphas", []))
+    if len(paths) != len(record["clips"]) or not whole or _whole([_digest(_look_at(path)) for path in paths]) != sha256:
+        raise UserError(
+            f"The alphas that were given for '{subject.name}' are missing or were changed.",
+            "give them again: headcast run VIDEO --alpha FOLDER_OR_VIDEO; or do without: --set matte.alpha=",
+        )
+    return paths
+
+
 def source_paths(subject: Subject) -> list[Path]:
     """The clips inside the dataset, in order: each a video or a folder of images.
 
@@ -222,12 +310,25 @@ def _refuse_twice(given: Sequence[_Given]) -> None:
 
 
 def _digest(clip: _Given) -> str:
-    """Hash of a video's bytes, or over the names and bytes of a folder's images."""
-    hashes = [sha256_file(file) for file in clip.files]
-    if clip.kind == "video":
-        return hashes[0]
-    names = [f"{number:06d}{file.suffix.lower()}" for number, file in enumerate(clip.files)]
-    return hashlib.sha256(canonical_json([names, hashes]).encode()).hexdigest()
+    """Hash of a video's bytes, or over the names and bytes of a folder's images, read once a process."""
+    place = canonical_json([str(clip.path.absolute()), clip.kind, clip.stamp])
+    if place not in _read:
+        hashes = [sha256_file(file) for file in clip.files]
+        names = [f"{number:06d}{file.suffix.lower()}" for number, file in enumerate(clip.files)]
+        over_all = hashlib.sha256(canonical_json([names, hashes]).encode()).hexdigest()
+        _read[place] = hashes[0] if clip.kind == "video" else over_all
+    return _read[place]
+
+
+def _digests(given: Sequence[_Given], known: Sequence[dict[str, Any]]) -> list[str]:
+    """Hash of each clip; one that has the stamp of a known entry is not read."""
+    by_stamp = {canonical_json(entry["stamp"]): str(entry["sha256"]) for entry in known}
+    return [by_stamp.get(canonical_json(clip.stamp)) or _digest(clip) for clip in given]
+
+
+def _whole(digests: list[str]) -> str:
+    """Hash over several clips in their order; for a single one its own."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256(canonical_json(digests).encode()).hexdigest()
 
 
 def _same_clips(record: dict[str, Any], given: Sequence[_Given]) -> bool:
@@ -238,8 +339,7 @@ def _same_clips(record: dict[str, Any], given: Sequence[_Given]) -> bool:
 def _take(subject: Subject, given: Sequence[_Given], known: dict[str, Any] | None) -> dict[str, Any]:
     """Put the clips in place of what was there; files with the bytes of the old ones only renew the stamps."""
     old = known["clips"] if known is not None else []
-    by_stamp = {canonical_json(entry["stamp"]): entry["sha256"] for entry in old}
-    digests = [by_stamp.get(canonical_json(clip.stamp)) or _digest(clip) for clip in given]
+    digests = _digests(given, old)
     same = [(entry["kind"], entry["sha256"]) for entry in old] == [
         (clip.kind, digest) for clip, digest in zip(given, digests, strict=True)
     ]
@@ -254,19 +354,8 @@ def _take(subject: Subject, given: Sequence[_Given], known: dict[str, Any] | Non
     entries = []
     for clip, digest in zip(given, digests, strict=True):
         target = _place(clip, incoming)
-        entries.append(
-            {
-                "name": clip.path.name,
-                "kind": clip.kind,
-                "file": target.name,
-                "sha256": digest,
-                "size": sum(size for size, _, _ in clip.stamp),
-                "stamp": clip.stamp,
-                "probe": probe(clip.path).as_json(),
-            }
-        )
-    whole = digests[0] if len(digests) == 1 else hashlib.sha256(canonical_json(digests).encode()).hexdigest()
-    record = {"schema": SCHEMA, "sha256": whole, "clips": entries}
+        entries.append({**_entry(clip, target.name, digest), "probe": probe(clip.path).as_json()})
+    record = {"schema": SCHEMA, "sha256": _whole(digests), "clips": entries}
     photo = known.get("like") if known is not None else None
     if photo and has_photo(subject, photo["sha256"]):
         link_or_copy(subject.source / photo["file"], incoming / photo["file"])
@@ -288,13 +377,47 @@ def _place(clip: _Given, folder: Path) -> Path:
     while target.exists():
         number += 1
         target = folder / f"{stem}-{number}{suffix}"
+    _put(clip, target)
+    return target
+
+
+def _put(clip: _Given, target: Path) -> None:
+    """Link or copy a video to a path, or a folder's images into a new folder there, numbered in their order."""
     if clip.kind == "video":
         link_or_copy(clip.path.resolve(), target)
-        return target
+        return
     target.mkdir()
     for index, file in enumerate(clip.files):
         link_or_copy(file.resolve(), target / f"{index:06d}{file.suffix.lower()}")
-    return target
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _entry(clip: _Given, file: str, digest: str) -> dict[str, Any]:
+    """What `source.json` says of a clip or its alphas, taken in under this name."""
+    return {
+        "name": clip.path.name,
+        "kind": clip.kind,
+        "file": file,
+        "sha256": digest,
+        "size": sum(size for size, _, _ in clip.stamp),
+        "stamp": clip.stamp,
+    }
+
+
+def _is_whole(subject: Subject, entry: dict[str, Any]) -> bool:
+    """Whether an entry's file or folder is there with its size."""
+    target = subject.source / str(entry["file"])
+    try:
+        files = list(target.iterdir()) if entry["kind"] == "images" else [target]
+        return bool(sum(file.stat().st_size for file in files) == entry["size"])
+    except OSError:
+        return False
 
 
 def _known(subject: Subject) -> dict[str, Any]:
@@ -325,12 +448,12 @@ def _registered(subject: Subject) -> dict[str, Any] | None:
             clip = {name: value for name, value in record.items() if name != "schema"}
             record = {"schema": SCHEMA, "sha256": record["sha256"], "clips": [clip]}
         complete = record["schema"] == SCHEMA and record["sha256"] and record["clips"]
-        for entry in [*record["clips"], *([record["like"]] if record.get("like") else [])]:
+        alphas = record.get("alphas", [])
+        for entry in [*record["clips"], *alphas, *([record["like"]] if record.get("like") else [])]:
             complete = complete and Path(entry["file"]).name == entry["file"] and entry["sha256"]
-        for entry in record["clips"]:
-            target = subject.source / str(entry["file"])
-            files = sorted(target.iterdir()) if entry["kind"] == "images" else [target]
-            complete = complete and sum(file.stat().st_size for file in files) == entry["size"] and entry["stamp"]
+        for entry in [*record["clips"], *alphas]:
+            complete = complete and entry["stamp"] and entry["kind"] and entry["size"]
+        complete = complete and all(_is_whole(subject, entry) for entry in record["clips"])
         return record if complete else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

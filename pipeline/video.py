@@ -7,6 +7,7 @@ that a frame is an upright sRGB image with a time. Nothing is held but the frame
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from pipeline.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_ALPHA_SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 IMAGE_FOLDER_FPS = Fraction(25)
 """Images carry no time; they are taken to follow each other at this rate."""
 
@@ -75,61 +77,121 @@ class Frame:
 
     def luma(self) -> NDArray[np.uint8]:
         """Grey values [H, W], 0 black to 255 white."""
-        raise NotImplementedError
+        grey = self._luma()
+        return grey if self._opacity is None else _over_white(grey[..., None], self._opacity)[..., 0]
 
     def rgb(self, width: int | None = None, height: int | None = None) -> NDArray[np.uint8]:
-        """The sRGB image [height, width, 3], averaged down to that size where one is given."""
+        """The sRGB image [height, width, 3], averaged down to that size where one is given.
+
+        What is not opaque lies over white, its colours taken for straight (not multiplied by the alpha).
+        """
+        size = width or self.width, height or self.height
+        if self._opacity is None:
+            return self._rgb(*size)
+        # Blended before it is averaged: the colour of what is clear is anything.
+        return _reduced(_over_white(self._rgb(self.width, self.height), self._opacity), size)
+
+    def alpha(self, width: int | None = None, height: int | None = None) -> NDArray[np.uint8] | None:
+        """The source's own alpha [height, width], 0 clear to 255 opaque, likewise; None where it has none."""
+        size = width or self.width, height or self.height
+        return None if self._opacity is None else _reduced(self._opacity, size)
+
+    @functools.cached_property
+    def _opacity(self) -> NDArray[np.uint8] | None:
+        return self._alpha()
+
+    def _luma(self) -> NDArray[np.uint8]:
+        raise NotImplementedError
+
+    def _rgb(self, width: int, height: int) -> NDArray[np.uint8]:
+        raise NotImplementedError
+
+    def _alpha(self) -> NDArray[np.uint8] | None:
         raise NotImplementedError
 
 
 class _ImageFrame(Frame):
-    def __init__(self, index: int, image: NDArray[np.uint8]) -> None:
+    def __init__(self, index: int, image: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> None:
         super().__init__(index, float(index / IMAGE_FOLDER_FPS), image.shape[1], image.shape[0])
-        self._image = image
+        self._image, self._own_alpha = image, alpha
 
-    def luma(self) -> NDArray[np.uint8]:
+    def _luma(self) -> NDArray[np.uint8]:
         import cv2
 
         return np.asarray(cv2.cvtColor(self._image, cv2.COLOR_RGB2GRAY), np.uint8)
 
-    def rgb(self, width: int | None = None, height: int | None = None) -> NDArray[np.uint8]:
-        import cv2
+    def _rgb(self, width: int, height: int) -> NDArray[np.uint8]:
+        return _reduced(self._image, (width, height))
 
-        size = (width or self.width, height or self.height)
-        if size == (self.width, self.height):
-            return self._image
-        return np.asarray(cv2.resize(self._image, size, interpolation=cv2.INTER_AREA), np.uint8)
+    def _alpha(self) -> NDArray[np.uint8] | None:
+        return self._own_alpha
 
 
 class _VideoFrame(Frame):
-    def __init__(self, index: int, time: float, frame: Any, turn: tuple[int, int, int, int], aspect: Fraction) -> None:
-        self._frame, self._turn = frame, turn
+    """A frame of PyAV's; `twin` is the same frame from a decoder that knows its alpha, where the first does not."""
+
+    def __init__(
+        self, index: int, time: float, frame: Any, turn: tuple[int, int, int, int], aspect: Fraction, twin: Any = None
+    ) -> None:
+        self._frame, self._turn, self._twin = frame, turn, twin or frame
         self._stored = (max(1, round(frame.width * aspect)), frame.height)
         size = self._stored if turn[0] else self._stored[::-1]
         super().__init__(index, time, *size)
 
-    def luma(self) -> NDArray[np.uint8]:
+    def _luma(self) -> NDArray[np.uint8]:
         return self._converted("gray", self.width, self.height)
 
-    def rgb(self, width: int | None = None, height: int | None = None) -> NDArray[np.uint8]:
-        width, height = width or self.width, height or self.height
+    def _rgb(self, width: int, height: int) -> NDArray[np.uint8]:
         if self._frame.color_trc in (_PQ, _HLG):
             signal = self._converted("rgb48le", width, height)
             return to_standard_range(signal, "pq" if self._frame.color_trc == _PQ else "hlg")
         return self._converted("rgb24", width, height)
 
+    def _alpha(self) -> NDArray[np.uint8] | None:
+        if not any(component.is_alpha for component in self._twin.format.components):
+            return None
+        # Not by way of RGBA: swscale (FFmpeg 8) leaves out the last columns of YUVA 4:2:0's alpha at some widths.
+        plane = self._reformatted(self._twin, "ya8", self.width, self.height).planes[0]
+        height, width = (self.height, self.width) if self._turn[0] else (self.width, self.height)
+        pairs = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : 2 * width]
+        return np.ascontiguousarray(_upright(pairs[:, 1::2], self._turn))
+
     def _converted(self, pixel_format: str, width: int, height: int) -> NDArray[Any]:
-        """The upright picture in a full-range format; colour space and range are named, not left to defaults."""
+        """The upright picture in a full-range format."""
+        frame = self._reformatted(self._frame, pixel_format, width, height)
+        return np.ascontiguousarray(_upright(frame.to_ndarray(), self._turn))
+
+    def _reformatted(self, frame: Any, pixel_format: str, width: int, height: int) -> Any:
+        """A frame as it is stored, in a full-range format; colour space and range are named, not left to defaults.
+
+        Args:
+            frame: PyAV's.
+            pixel_format: FFmpeg's name.
+            width, height: of the upright picture.
+        """
         stored = (width, height) if self._turn[0] else (height, width)
-        frame = self._frame.reformat(
+        return frame.reformat(
             *stored,
             format=pixel_format,
-            src_colorspace=_colourspace(self._frame, *self._stored),
-            src_color_range="JPEG" if _is_full_range(self._frame) else "MPEG",
+            src_colorspace=_colourspace(frame, *self._stored),
+            src_color_range="JPEG" if _is_full_range(frame) else "MPEG",
             dst_color_range="JPEG",
-            interpolation="AREA" if stored != (self._frame.width, self._frame.height) else "BICUBIC",
+            interpolation="AREA" if stored != (frame.width, frame.height) else "BICUBIC",
         )
-        return np.ascontiguousarray(_upright(frame.to_ndarray(), self._turn))
+
+
+def _over_white(colour: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Straight colour [H, W, C] over white by alpha [H, W]."""
+    return np.asarray(255 - ((255 - colour).astype(np.uint16) * alpha[..., None] + 127) // 255, np.uint8)
+
+
+def _reduced(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """An image averaged down to a width and height."""
+    import cv2
+
+    if size == (image.shape[1], image.shape[0]):
+        return image
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def probe(path: Path) -> VideoInfo:
@@ -140,8 +202,7 @@ def probe(path: Path) -> VideoInfo:
     """
     if path.is_dir():
         files = image_files(path)
-        first = _read_image(files[0])
-        height, width = first.shape[:2]
+        height, width = _read_image(files[0])[0].shape[:2]
         seconds = float(len(files) / IMAGE_FOLDER_FPS)
         suffix = files[0].suffix[1:].lower()
         return VideoInfo(
@@ -204,6 +265,7 @@ def read_frames(
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
         step = float(1 / (stream.average_rate or stream.guessed_rate or IMAGE_FOLDER_FPS))
         index, start, last, broken = 0, None, -math.inf, 0
+        alpha_decoder, twins = _alpha_decoder(stream, threads), dict[int, Any]()
         packets = container.demux(stream)
         while True:
             try:
@@ -217,6 +279,9 @@ def read_frames(
                 frames = []
             except av.error.FFmpegError:
                 frames, broken = [], broken + 1
+            if alpha_decoder is not None:
+                with contextlib.suppress(av.error.FFmpegError):  # the other decoder meets the same damage and tells
+                    twins |= {twin.pts: twin for twin in alpha_decoder.decode(packet)}
             for frame in frames:
                 stamp = float(frame.time) if frame.time is not None else None
                 start = stamp if start is None else start
@@ -224,7 +289,7 @@ def read_frames(
                 time = time if time > last else last + step / 100
                 last = time
                 turn, aspect = _display_turn(frame), _pixel_aspect(stream, frame)
-                yield _VideoFrame(index, max(time, 0.0), frame, turn, aspect)
+                yield _VideoFrame(index, max(time, 0.0), frame, turn, aspect, twins.pop(frame.pts, None))
                 index += 1
             if packet is None or (packet.dts is None and not packet.size):
                 break
@@ -232,6 +297,22 @@ def read_frames(
             on_damage(f"{broken} parts of the file could not be decoded")
         if not index:
             raise UserError(f"No frame of '{path}' can be decoded.", "check that it plays, and copy or record it again")
+
+
+def _alpha_decoder(stream: Any, threads: int) -> Any:
+    """A second decoder for VP8 and VP9 with alpha, which FFmpeg's own pass over; None for all other streams.
+
+    It is libvpx's; it knows neither the display matrix nor the colours of the container, so only its alpha is used.
+    """
+    import av
+
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    tagged = {key.lower(): value for key, value in stream.metadata.items()}
+    if name is None or tagged.get("alpha_mode") != "1":
+        return None
+    decoder = av.CodecContext.create(name, "r")
+    decoder.thread_count = threads
+    return decoder
 
 
 def sample_frames(path: Path, count: int, *, threads: int = 2) -> Iterator[Frame]:
@@ -248,7 +329,7 @@ def sample_frames(path: Path, count: int, *, threads: int = 2) -> Iterator[Frame
     if path.is_dir():
         files = image_files(path)
         for index in np.unique(np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)):
-            yield _ImageFrame(int(index), _read_image(files[index]))
+            yield _ImageFrame(int(index), *_read_image(files[index]))
         return
     with _open(path) as container:
         stream = container.streams.video[0]
@@ -419,24 +500,50 @@ def to_standard_range(signal: NDArray[np.uint16], transfer: str) -> NDArray[np.u
 def _read_images(folder: Path) -> Iterator[Frame]:
     size: tuple[int, ...] | None = None
     for index, file in enumerate(image_files(folder)):
-        image = _read_image(file)
+        image, alpha = _read_image(file)
         size = size or image.shape
         if image.shape != size:
             raise UserError(
                 f"'{file}' is {image.shape[1]}x{image.shape[0]}, the images before it are {size[1]}x{size[0]}.",
                 "give images of one size",
             )
-        yield _ImageFrame(index, image)
+        yield _ImageFrame(index, image, alpha)
 
 
-def _read_image(file: Path) -> NDArray[np.uint8]:
+def _read_image(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """An upright image [H, W, 3], and its straight alpha [H, W] where it has one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     import cv2
 
-    data = np.frombuffer(file.read_bytes(), np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    data = file.read_bytes()
+    both = _with_alpha(data) if file.suffix.lower() in _ALPHA_SUFFIXES else None
+    if both is not None:
+        return np.ascontiguousarray(both[..., :3]), np.ascontiguousarray(both[..., 3])
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if image is None:
         raise UserError(f"'{file}' is not an image that can be read.", "remove it from the folder or replace it")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8), None
+
+
+def _with_alpha(data: bytes) -> NDArray[np.uint8] | None:
+    """An upright image [H, W, 4] whose colours are straight; None where it has no alpha, or Pillow cannot read it.
+
+    Pillow, because OpenCV hands out TIFF's colours multiplied by the alpha, and leaves images with alpha unturned.
+    """
+    import io
+
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if not image.has_transparency_data:
+                return None
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"), np.uint8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
 
 
 def _open(path: Path) -> Any:

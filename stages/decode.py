@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline.config import DecodeConfig
 from pipeline.dataset import write_atomic, write_json
 from pipeline.errors import UserError
-from pipeline.frames import SCHEMA, contact_sheet, counted, evenly, frame_file, save_image
+from pipeline.frames import SCHEMA, Window, alpha_file, contact_sheet, counted, evenly, frame_file, save_image
 from pipeline.picture_quality import BLACK_LUMA, CUT_CHANGE, colour_histogram, histogram_change
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
@@ -55,6 +55,8 @@ class Survey:
     """[S, H] brightest grey value that each row of the picture reaches within each shot."""
     columns: NDArray[np.float64]
     """[S, W] the same for the columns."""
+    clear: NDArray[np.bool_]
+    """[N] something of the frame is not opaque."""
     damage: tuple[str, ...]
     """What could not be decoded, in words."""
 
@@ -73,32 +75,13 @@ class Reading:
     """Frames left out as repeated."""
     offset: float
     """What is added to the clip's times, in seconds."""
-    bars: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Black bars at the left, top, right and bottom, in source pixels."""
-    scale: float = 1.0
-    """Pixels of a frame per pixel of the source."""
+    window: Window
+    """Which part of the picture is written, and at what size."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the whole source picture at this scale."""
-        return round(self.information.width * self.scale), round(self.information.height * self.scale)
-
-    @property
-    def inside(self) -> tuple[slice, slice]:
-        """Rows and columns of that picture within the bars."""
-        left, top, right, bottom = self.bars
-        width, height = self.information.width, self.information.height
-        return (
-            slice(math.ceil(top * self.scale), math.floor((height - bottom) * self.scale)),
-            slice(math.ceil(left * self.scale), math.floor((width - right) * self.scale)),
-        )
-
-    @property
-    def content(self) -> tuple[int, int]:
-        """Width and height of what is written."""
-        rows, columns = self.inside
-        width, height = self.size
-        return min(columns.stop, width) - columns.start, min(rows.stop, height) - rows.start
+    def alpha(self) -> bool:
+        """Whether the clip has an alpha channel that says something."""
+        return bool(self.survey.clear.any())
 
 
 def decode(run: StageRun) -> Result:
@@ -157,7 +140,8 @@ def _read_clips(run: StageRun) -> list[Reading]:
             kept, repeated = choose_frames(survey, choose_span(survey, config), config)
         except UserError as error:
             raise UserError(f"{name}: {error.what}" if len(paths) > 1 else error.what, error.fix) from None
-        readings.append(Reading(name, path, information, survey, kept, repeated, offset))
+        window = Window((information.width, information.height))
+        readings.append(Reading(name, path, information, survey, kept, repeated, offset, window))
         offset += float(survey.times[-1]) + CLIP_GAP_SECONDS
     return readings
 
@@ -174,11 +158,10 @@ def _thin(readings: list[Reading], max_frames: int) -> None:
 def _measure_frame(reading: Reading, max_side_px: int) -> None:
     """Find the clip's black bars over the shots that are kept, and its scale."""
     shots = np.unique(reading.survey.shot[reading.kept])
+    bars = reading.window.bars
     if len(shots):
-        reading.bars = black_bars(reading.survey.rows[shots].max(axis=0), reading.survey.columns[shots].max(axis=0))
-    left, top, right, bottom = reading.bars
-    inner = reading.information.width - left - right, reading.information.height - top - bottom
-    reading.scale = min(1.0, max_side_px / max(inner))
+        bars = black_bars(reading.survey.rows[shots].max(axis=0), reading.survey.columns[shots].max(axis=0))
+    reading.window = Window.within(reading.window.source_size, bars, max_side_px)
 
 
 def choose_span(survey: Survey, config: DecodeConfig) -> NDArray[np.int64]:
@@ -276,6 +259,7 @@ def _survey(run: StageRun, path: Path, promised: int, file: Path) -> Survey:
     black: list[bool] = []
     motion: list[float] = []
     shot: list[int] = []
+    clear: list[bool] = []
     rows: list[NDArray[np.float64]] = []
     columns: list[NDArray[np.float64]] = []
     before: tuple[NDArray[np.float32], NDArray[np.float64]] | None = None
@@ -293,6 +277,8 @@ def _survey(run: StageRun, path: Path, promised: int, file: Path) -> Survey:
             times.append(frame.time)
             black.append(dark)
             shot.append(-1 if dark else len(rows) - 1)
+            alpha = frame.alpha()
+            clear.append(alpha is not None and bool(alpha.min() < 255))
             motion.append(_largest_change(thumbnail, before[0]) if before is not None else 255.0)
             before = thumbnail, histogram
             task.advance()
@@ -303,6 +289,7 @@ def _survey(run: StageRun, path: Path, promised: int, file: Path) -> Survey:
         np.array(shot, np.int64),
         np.stack(rows) if rows else np.zeros((0, 0)),
         np.stack(columns) if columns else np.zeros((0, 0)),
+        np.array(clear, bool),
         tuple(damage),
     )
     _save_survey(file, survey)
@@ -349,7 +336,9 @@ def _load_survey(file: Path) -> Survey | None:
 
 
 def _write_frames(run: StageRun, readings: list[Reading]) -> list[dict[str, Any]]:
-    """The second pass: write the kept frames that are not there yet; return an entry of `frames.json` for each.
+    """The second pass: write the kept frames that are not there yet, and their alpha where the clip has any.
+
+    Returns an entry of `frames.json` for each.
 
     All frames get one size, as wide as the widest clip and as high as the highest: a smaller picture is not enlarged
     but padded with black at the right and at the bottom, which keeps its pixels and coordinates.
@@ -360,6 +349,8 @@ def _write_frames(run: StageRun, readings: list[Reading]) -> list[dict[str, Any]
 
     frame_width, frame_height = _frame_size(readings)
     (run.work / "frames").mkdir(exist_ok=True)
+    if any(reading.alpha for reading in readings):
+        (run.work / "alpha").mkdir(exist_ok=True)
     entries: list[dict[str, Any]] = []
     shot, before = -1, (-1, -1)
     with run.reporter.task("decode", sum(len(reading.kept) for reading in readings), "frames") as task:
@@ -369,12 +360,19 @@ def _write_frames(run: StageRun, readings: list[Reading]) -> list[dict[str, Any]
                 if frame.index not in wanted:
                     continue
                 run.check_stop()
-                picture = np.ascontiguousarray(frame.rgb(*reading.size)[reading.inside])
-                name = frame_file(len(entries))
+                picture = np.ascontiguousarray(frame.rgb(*reading.window.size)[reading.window.inside])
+                name, opacity_name = frame_file(len(entries)), alpha_file(len(entries))
+                right, bottom = frame_width - picture.shape[1], frame_height - picture.shape[0]
                 if not (run.work / name).exists():
-                    right, bottom = frame_width - picture.shape[1], frame_height - picture.shape[0]
                     padded = cv2.copyMakeBorder(picture, 0, bottom, 0, right, cv2.BORDER_CONSTANT)
                     save_image(run.work / name, np.asarray(padded, np.uint8))
+                if reading.alpha and not (run.work / opacity_name).exists():
+                    alpha = frame.alpha(*reading.window.size)
+                    # Images of one folder may have a channel or not.
+                    opacity = np.full(reading.window.size[::-1], 255, np.uint8) if alpha is None else alpha
+                    inside = np.ascontiguousarray(opacity[reading.window.inside])
+                    padded = cv2.copyMakeBorder(inside, 0, bottom, 0, right, cv2.BORDER_CONSTANT)
+                    save_image(run.work / opacity_name, np.asarray(padded, np.uint8))
                 grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
                 here = number, int(reading.survey.shot[frame.index])
                 shot += here != before
@@ -398,7 +396,7 @@ def _write_frames(run: StageRun, readings: list[Reading]) -> list[dict[str, Any]
 
 def _frame_size(readings: list[Reading]) -> tuple[int, int]:
     """Width and height that hold the picture of every clip."""
-    widths, heights = zip(*(reading.content for reading in readings), strict=True)
+    widths, heights = zip(*(reading.window.content for reading in readings), strict=True)
     return max(widths), max(heights)
 
 
@@ -414,11 +412,12 @@ def _record(readings: list[Reading], entries: list[dict[str, Any]]) -> dict[str,
         clips.append(
             {
                 "name": reading.name,
-                "scale": round(reading.scale, 6),
-                "content": list(reading.content),
+                "scale": reading.window.scale,
+                "content": list(reading.window.content),
                 "fps": str(source_rate(survey.times, Fraction(information.fps))),
-                "source_size": [information.width, information.height],
-                "bars": list(reading.bars),
+                "source_size": list(reading.window.source_size),
+                "bars": list(reading.window.bars),
+                "alpha": reading.alpha,
                 "shots": [list(shot) for shot in shot_ranges(survey)],
                 "shot_seconds": [
                     [_cents(survey.times[first]), _cents(survey.times[last])] for first, last in shot_ranges(survey)
@@ -472,7 +471,7 @@ def _verdict(record: dict[str, Any], readings: list[Reading]) -> Verdict:
             what = "; ".join(reading.survey.damage) or f"{promised} frames promised"
             which = f"file '{reading.name}'" if len(readings) > 1 else "file"
             remarks.append(f"the {which} is damaged or cut off ({what})")
-    smallest = min(min(reading.content) for reading in readings)
+    smallest = min(min(reading.window.content) for reading in readings)
     if smallest < GOOD_SIDE:
         level = "fair"
         remarks.append(f"under {GOOD_SIDE} pixels there is little detail to learn")
@@ -488,10 +487,15 @@ def _verdict(record: dict[str, Any], readings: list[Reading]) -> Verdict:
         left_out = sum(clip[name] for clip in record["clips"])
         if left_out:
             parts.append(f"{counted(left_out, f'{name} frame')} left out")
-    if any(any(reading.bars) for reading in readings):
+    if any(any(reading.window.bars) for reading in readings):
         parts.append("black bars cut")
+    with_alpha = [reading for reading in readings if reading.alpha]
+    if len(with_alpha) == len(readings):
+        parts.append("with an alpha channel")
+    elif with_alpha:
+        parts.append(f"{len(with_alpha)} of {len(readings)} clips with an alpha channel, hence not used as matte")
     text = f"Decoding: {level}. {', '.join(parts)}"
     return Verdict(level, "; ".join([text, *remarks]) + ".", "contact.jpg")
 
 
-STAGE = Stage("decode", 2, (), decode, description="frames of every shot that is long enough")
+STAGE = Stage("decode", 3, (), decode, description="frames of every shot that is long enough")

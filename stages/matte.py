@@ -1,19 +1,20 @@
-"""Matte: foreground alpha of every frame in which the tracked person is, steady over time.
+"""Matte: foreground alpha of every frame in which the tracked person is, and the person's own colours.
 
-A salient-object network (rembg) sees each frame for itself and knows no person. So its answers are kept to what
-belongs to the tracked face, filled inside it, and steadied by a median over time. Which of two ways of showing the
-frame to the network flickers less is measured on the clip itself. The network is by far the slowest part, and it
-jitters more than optical flow errs from a frame to the next: it sees every few frames only, and the alphas of the
-frames between are carried over from both sides, unless the two disagree.
+Where the alpha comes from, the first of these that is there: alphas of the user's own, the clip's alpha channel, a green
+or blue screen behind the person, a network. A network sees each frame for itself, coarsely, and knows no person. So its
+answers are taken together with those of the frames around, moved by the picture's motion; their outline is found anew
+in the colours on both sides of it, with the empty scene behind where the camera stands still; and what does not hang
+together with the tracked person goes.
 """
 
 from __future__ import annotations
 
 import bisect
-import threading
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,90 +22,203 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.assets import U2NETP, asset_path, fetch_rembg_model, rembg_home
+from pipeline.assets import SELFIE_SEGMENTATION, U2NETP
 from pipeline.dataset import write_json
-from pipeline.errors import StageError
-from pipeline.frames import FrameSet, alpha_file, contact_sheet, evenly, ranges_text, save_image
+from pipeline.errors import StageError, UserError
+from pipeline.frames import (
+    FrameSet,
+    alpha_file,
+    confidence_file,
+    contact_sheet,
+    evenly,
+    foreground_file,
+    ranges_text,
+    save_image,
+)
 from pipeline.matting.flow import boundary_length, carry, single_threaded_opencv
+from pipeline.matting.given import GivenAlpha, given_alpha
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
+    from pipeline.config import MatteConfig
+    from pipeline.matting.chroma import Backdrop
+    from pipeline.matting.refine import Plate
+
     Image = NDArray[np.uint8]
 
 PROBES = 4
-"""Places of the clip at which both ways are compared, three frames each."""
+"""Places of the clip at which the ways of showing a frame to the network are compared, three frames each."""
+SCREEN_FRAMES = 12
+"""Frames in which a green or blue screen is looked for."""
 FACE_SHARE = 0.5
-"""Below this mean alpha inside the face the network has lost the person."""
+"""Below this mean alpha inside the face the person is lost."""
 FAINT = 26
 """Alpha (of 255) from which a pixel counts when connecting what belongs together: wisps of hair do."""
 CARRY_LIMIT_PX = 2.0
 """Alphas carried from both sides that differ by more along the boundary are not trusted."""
-GOOD_FLICKER, POOR_FLICKER = 0.6, 2.0
-"""Pixels of the boundary's jitter, at the frame's own size."""
-GOOD_PARTIAL, POOR_PARTIAL = 0.2, 0.4
+KEY_EVERY = 3
+"""A network that is slow sees every n-th frame only."""
+FLICKER_PLACES = 60
+"""Places of the clip at which the finished alpha's flicker is measured."""
+CHUNK = 48
+"""Frames of 512 x 512 that are worked on together; fewer of larger ones, for memory."""
+GOOD_FLICKER, POOR_FLICKER = 0.5, 1.5
+"""Pixels of the boundary's jitter against the motion, at the frame's own size."""
+GOOD_PARTIAL, POOR_PARTIAL = 0.15, 0.3
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The subject of one frame, cut out."""
+
+    alpha: Image
+    """[H, W]."""
+    foreground: Image
+    """[H, W, 3] the subject's own colours."""
+    confidence: Image
+    """[H, W] 255 where the alpha is sure."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Frames of one shot in a row that are worked on together, and what stands behind the subject there."""
+
+    frames: range
+    plate: Plate | None
+
+
+class Clip:
+    """The frames, who is in them, and where the alphas come from."""
+
+    def __init__(self, run: StageRun) -> None:
+        self.run, self.config = run, run.config.matte
+        self.frames = FrameSet.load(run.subject.stage("decode"))
+        self.landmarks, self.present = _faces(run, len(self.frames))
+        self.wanted: list[int] = np.flatnonzero(self.present).tolist()
+
+    def side_by_side(
+        self, work: Callable[[Any], Any], todo: Sequence[Any], advance: Callable[[int], None] = lambda count: None
+    ) -> list[Any]:
+        """Work on several things at once, each with one thread; a stop is heeded between them."""
+        results: list[Any] = []
+        with single_threaded_opencv(), ThreadPoolExecutor(self.run.threads) as pool:
+            for first in range(0, len(todo), self.run.threads):
+                self.run.check_stop()
+                part = list(pool.map(work, todo[first : first + self.run.threads]))
+                results += part
+                advance(len(part))
+        return results
+
+    def runs(self) -> list[range]:
+        """Stretches of frames with the person in them, cut at cuts."""
+        apart = (np.diff(self.wanted) > 1) | (np.diff(self.frames.shots[self.wanted]) != 0)
+        parts = np.split(np.array(self.wanted), np.flatnonzero(apart) + 1)
+        return [range(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]
 
 
 def run(run: StageRun) -> Result:
-    """Write `alpha/`, one image a frame, and `matte.json`.
+    """Write `alpha/`, `foreground/` and `confidence/`, one image a frame each, and `matte.json`.
 
     Raises:
         StageError: the model is not on this machine, or it finds the person in no frame.
+        UserError: alphas that were given do not fit.
     """
-    frames = FrameSet.load(run.subject.stage("decode"))
-    landmarks, present = _faces(run, len(frames))
-    network = Network(run, frames)
-    padding = _choose_padding(run, network, present, frames.shots)
-    started = time.monotonic()
-    wanted = [int(i) for i in np.flatnonzero(present)]
-    fresh = sum(not network.known(i, padding) for i in wanted)
-    network.fill(present, padding)
-    per_frame = (time.monotonic() - started) / fresh * 1000 if fresh else None
-    (run.work / "alpha").mkdir(exist_ok=True)
-    jitter = Jitter()
-    shares, lost = [], np.zeros(len(frames), bool)
-    for index, steady in enumerate(_steadied(run, network, padding, present, frames)):
-        alpha = steady
-        if index and frames.shots[index] != frames.shots[index - 1]:
-            jitter.add(None)
-        if present[index]:
-            hull = _face_hull(landmarks[index], steady.shape)
-            inside = steady[hull > 0]
-            lost[index] = len(inside) > 0 and inside.mean() < FACE_SHARE * 255
-            alpha = belonging(np.maximum(steady, hull), hull)
-            solid, edge = int((alpha >= 242).sum()), int(((alpha > 13) & (alpha < 242)).sum())
-            shares.append(edge / max(solid + edge, 1))
-        jitter.add(alpha if present[index] else None)
-        save_image(run.work / alpha_file(index), alpha)
-        run.check_stop()
-    if lost[present].all():
+    clip = Clip(run)
+    for name in ("alpha", "foreground", "confidence"):
+        (run.work / name).mkdir(exist_ok=True)
+    started, here = time.monotonic(), _finished(clip)
+    given = given_alpha(run.subject, clip.config.alpha, clip.frames, run.threads)
+    backdrop = None if given or clip.config.source == "network" else _find_screen(clip)
+    if given is None and backdrop is None and clip.config.source == "chroma":
         raise StageError(
-            f"The matting model '{run.config.matte.model}' finds the tracked person in none of {len(wanted)} frames.",
-            "film against a plainer background, or name another model: --set matte.model=NAME",
+            f"There is no even green or blue screen behind '{run.subject.name}'.",
+            "leave matte.source at auto, or film before a screen that is lit evenly",
         )
-    figures: dict[str, Any] = {
-        "flicker_px": round(jitter.mean(), 3),
-        "partial_alpha_share": round(float(np.mean(shares)), 4),
-        "padding": padding,
-        "frames": len(wanted),
-        "lost_frames": int(lost.sum()),
-    }
-    write_json(run.work / "matte.json", {"schema": 1, "model": run.config.matte.model, **figures})
-    _write_contact_sheet(run, frames, wanted)
-    speed = None if per_frame is None else round(per_frame, 1)
-    return Result(_verdict(figures, present, lost), {**figures, "ms_per_frame": speed})
+    if given is not None:
+        origin, about = given.origin, _cut_given(clip, given)
+    elif backdrop is not None:
+        origin, about = f"the {backdrop.name} screen", _cut_from_screen(clip, backdrop)
+    else:
+        origin, about = f"the network {clip.config.model}", _cut_with_network(clip)
+    made = len(clip.wanted) - len(here)
+    speed = round((time.monotonic() - started) / made * 1000, 1) if made else None
+    figures, lost = _measure(clip)
+    if lost[clip.present].all():
+        raise _nobody(clip, origin, given is not None)
+    write_json(run.work / "matte.json", {"schema": 2, "origin": origin, **about, **figures})
+    _write_contact_sheet(clip)
+    return Result(_verdict(clip, origin, about, figures, lost), {**figures, **about, "ms_per_frame": speed})
+
+
+def _cut_given(clip: Clip, given: GivenAlpha) -> dict[str, Any]:
+    """Take alphas as they are given, for every frame."""
+    from pipeline.matting.refine import foreground
+
+    with clip.run.reporter.task("matte", len(clip.frames), "frames") as task:
+        for index in range(len(clip.frames)):
+            clip.run.check_stop()
+            if not _is_cut(clip.run, index):
+                alpha, image = given(index), clip.frames.image(index)
+                _save(clip.run, index, Cut(alpha, foreground(image, alpha), np.full_like(alpha, 255)))
+            task.advance()
+    return {}
+
+
+def _find_screen(clip: Clip) -> Backdrop | None:
+    """The even screen that all of the clip was filmed before, if there is one."""
+    from pipeline.matting.chroma import find_backdrop
+
+    chosen = [clip.wanted[i] for i in evenly(len(clip.wanted), SCREEN_FRAMES)]
+    if not chosen:
+        return None
+    faces = [_face_hull(clip.landmarks[i], _shape(clip.frames)) > 0 for i in chosen]
+    return find_backdrop([clip.frames.image(i) for i in chosen], faces)
+
+
+def _cut_from_screen(clip: Clip, backdrop: Backdrop) -> dict[str, Any]:
+    """Key every frame against its screen."""
+    from pipeline.matting.chroma import despill, key
+
+    def cut(index: int) -> None:
+        image = clip.frames.image(index)
+        alpha = _owned(clip, index, np.round(255 * key(image, backdrop)).astype(np.uint8))
+        colours = despill(image, alpha.astype(np.float32) / 255, backdrop)
+        _save(clip.run, index, Cut(alpha, colours, np.full_like(alpha, 255)))
+
+    _in_frames(clip, cut)
+    return {"screen": backdrop.name}
+
+
+def _in_frames(clip: Clip, cut: Callable[[int], None]) -> None:
+    """Cut every frame with the person that is not cut yet; the others show nobody."""
+    todo = [i for i in clip.wanted if not _is_cut(clip.run, i)]
+    with clip.run.reporter.task("matte", len(clip.wanted), "frames", len(clip.wanted) - len(todo)) as task:
+        clip.side_by_side(cut, todo, task.advance)
+    _write_empty(clip)
+
+
+def _cut_with_network(clip: Clip) -> dict[str, Any]:
+    """Ask the network, then find the outline in the picture."""
+    from pipeline.matting.network import open_network
+
+    with open_network(clip.config.model) as predict:
+        network = Network(clip, predict)
+        padding = _choose_padding(clip, network)
+        network.fill(padding)
+    chunks, plates = _chunks(clip, network, padding)
+    todo = [chunk for chunk in chunks if not all(_is_cut(clip.run, i) for i in chunk.frames)]
+    done = sum(len(chunk.frames) for chunk in chunks) - sum(len(chunk.frames) for chunk in todo)
+    with clip.run.reporter.task("matte: edges", len(clip.wanted), "frames", done) as task:
+        clip.side_by_side(partial(_cut_chunk, clip, network, padding, on_frame=task.advance), todo)
+    _write_empty(clip)
+    return {"model": clip.config.model, "padding": padding, "still_camera": plates}
 
 
 class Network:
-    """The matting network over the clip's frames; every answer is kept as a file, so that a killed run resumes."""
+    """The network's answers over the clip's frames; every one is kept as a file, so that a killed run resumes."""
 
-    def __init__(self, run: StageRun, frames: FrameSet) -> None:
-        self._run, self._frames = run, frames
-        self._predict: Callable[[Image], Image] | None = None
-        self._opening = threading.Lock()
-
-    def known(self, index: int, padding: float) -> bool:
-        """Whether the answer for a frame is there already."""
-        return self._file(index, padding).is_file()
+    def __init__(self, clip: Clip, predict: Callable[[Image], Image]) -> None:
+        self._clip, self._frames, self._predict = clip, clip.frames, predict
 
     def alpha(self, index: int, padding: float) -> Image:
         """The network's alpha [H, W] of a frame shown with this much border."""
@@ -116,26 +230,19 @@ class Network:
 
     def ask(self, wanted: list[tuple[int, float]]) -> None:
         """Have the network's answers for these frames and borders ready."""
-        self._side_by_side(lambda one: self.alpha(*one), [one for one in wanted if not self.known(*one)])
+        missing = [one for one in wanted if not self._file(*one).is_file()]
+        self._clip.side_by_side(lambda one: self.alpha(*one), missing)
 
-    def fill(self, present: NDArray[np.bool_], padding: float) -> None:
+    def fill(self, padding: float) -> None:
         """Have an alpha ready for every frame with the person: the network's at key frames, between them flow's."""
-        keys = key_frames(present, self._frames.shots, self._run.config.matte.key_every)
-        between = sorted(set(np.flatnonzero(present).tolist()) - set(keys))
-        missing = [[i for i in group if not self.known(i, padding)] for group in (keys, between)]
-        count, left = len(keys) + len(between), sum(map(len, missing))
-        with self._run.reporter.task("matte", count, "frames", count - left) as task:
-            self._side_by_side(partial(self.alpha, padding=padding), missing[0], task.advance)
-            self._side_by_side(partial(self._carried, padding=padding, keys=keys), missing[1], task.advance)
-
-    def _side_by_side(
-        self, work: Callable[[Any], Any], todo: list[Any], advance: Callable[[int], None] = lambda count: None
-    ) -> None:
-        """Work on several frames at once, each with one thread: that takes less time than many threads for a frame."""
-        with single_threaded_opencv(), ThreadPoolExecutor(self._run.threads) as pool:
-            for first in range(0, len(todo), self._run.threads):
-                self._run.check_stop()
-                advance(len(list(pool.map(work, todo[first : first + self._run.threads]))))
+        clip = self._clip
+        keys = key_frames(clip.present, clip.frames.shots, key_distance(clip.config))
+        between = sorted(set(clip.wanted) - set(keys))
+        missing = [[i for i in group if not self._file(i, padding).is_file()] for group in (keys, between)]
+        count, left = len(clip.wanted), sum(map(len, missing))
+        with clip.run.reporter.task("matte: network", count, "frames", count - left) as task:
+            clip.side_by_side(partial(self.alpha, padding=padding), missing[0], task.advance)
+            clip.side_by_side(partial(self._carried, padding=padding, keys=keys), missing[1], task.advance)
 
     def _carried(self, index: int, padding: float, keys: list[int]) -> None:
         """Write the alpha of a frame between two key frames; the network's where the two sides disagree."""
@@ -153,7 +260,7 @@ class Network:
         save_image(self._file(index, padding), mixed.round().astype(np.uint8))
 
     def _file(self, index: int, padding: float) -> Path:
-        return self._run.scratch / f"raw-{padding:.3f}" / f"{index:06d}.png"
+        return self._clip.run.scratch / f"raw-{padding:.3f}" / f"{index:06d}.png"
 
     def _seen(self, index: int, padding: float) -> Image:
         """The network's answer for the part of a frame that is picture; a smaller clip's frames are black beside it."""
@@ -164,54 +271,18 @@ class Network:
         return alpha
 
     def _shown(self, image: Image, padding: float) -> Image:
-        """A face that fills the frame confuses the network; a replicated border above and beside it helps."""
+        """A face that fills the frame confuses networks; a replicated border above and beside it can help."""
         import cv2
 
         height, width = image.shape[:2]
         top, side = round(padding * height), round(padding * width)
         shown = cv2.copyMakeBorder(image, top, 0, side, side, cv2.BORDER_REPLICATE)
-        with self._opening:
-            self._predict = self._predict or open_model(self._run.config.matte.model)
         return np.ascontiguousarray(self._predict(shown)[top:, side : side + width])
 
 
-def open_model(model: str) -> Callable[[Image], Image]:
-    """The network as a function from an image [H, W, 3] to its alpha [H, W], on one CPU thread.
-
-    u2netp runs without rembg, whose import alone takes seconds; the others are rembg's by name.
-
-    Raises:
-        UserError: rembg knows no such model, or u2netp's file has wrong bytes.
-        StageError: the model's file is not on this machine.
-    """
-    file = asset_path(U2NETP, fetch=False) if model == U2NETP else fetch_rembg_model(model)
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    providers = ["CPUExecutionProvider"]
-    if model == U2NETP:
-        return partial(_u2net, onnxruntime.InferenceSession(str(file), options, providers=providers))
-    import rembg
-    from PIL import Image as Pillow
-
-    with rembg_home():
-        session = rembg.new_session(model, sess_opts=options, providers=providers)
-    return lambda image: np.asarray(session.predict(Pillow.fromarray(image))[0].convert("L"), np.uint8)
-
-
-def _u2net(session: Any, image: Image) -> Image:
-    """U2-Net as rembg runs it: 320 x 320, ImageNet's mean and deviation, the answer stretched to [0, 1]."""
-    import cv2
-
-    small = cv2.resize(image, (320, 320), interpolation=cv2.INTER_AREA).astype(np.float32)
-    even = (small / max(float(small.max()), 1e-6) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
-    tensor = even.transpose(2, 0, 1)[None].astype(np.float32)
-    answer = session.run([session.get_outputs()[0].name], {session.get_inputs()[0].name: tensor})[0][0, 0]
-    answer = (answer - answer.min()) / max(float(answer.max() - answer.min()), 1e-6)
-    size = (image.shape[1], image.shape[0])
-    return np.asarray(np.clip(cv2.resize(answer, size, interpolation=cv2.INTER_CUBIC), 0, 1) * 255 + 0.5, np.uint8)
+def key_distance(config: MatteConfig) -> int:
+    """The network sees every n-th frame."""
+    return config.key_every or (1 if config.model == SELFIE_SEGMENTATION else KEY_EVERY)
 
 
 def key_frames(present: NDArray[np.bool_], shots: NDArray[np.int64], every: int) -> list[int]:
@@ -227,32 +298,90 @@ def key_frames(present: NDArray[np.bool_], shots: NDArray[np.int64], every: int)
     return keys
 
 
-class Jitter:
-    """How far the boundary jumps to and fro between frames, in pixels.
+def _choose_padding(clip: Clip, network: Network) -> float:
+    """The border that flickers less on a few places of this clip: the configured one or none."""
+    from pipeline.matting.metrics import Flicker
 
-    The second difference over time of the alpha over the length of the boundary: slow steady motion cancels, of motion
-    by more than the edge's own softness a part counts.
-    """
+    padding, present, shots = clip.config.padding, clip.present, clip.frames.shots
+    middles = np.flatnonzero(present[1:-1] & present[:-2] & present[2:] & (shots[:-2] == shots[2:])) + 1
+    if padding == 0 or not len(middles):
+        return padding
+    places = [int(middles[place]) for place in evenly(len(middles), PROBES)]
+    network.ask([(i + step, candidate) for candidate in (padding, 0.0) for i in places for step in (-1, 0, 1)])
 
-    def __init__(self) -> None:
-        self._last: list[NDArray[Any]] = []
-        self._values: list[float] = []
+    def flicker(candidate: float) -> float:
+        values = []
+        for place in places:
+            jitter = Flicker()
+            for index in range(place - 1, place + 2):
+                jitter.add(clip.frames.image(index), network.alpha(index, candidate))
+            values.append(jitter.mean())
+        return float(np.median(values))
 
-    def add(self, alpha: Image | None) -> None:
-        """The next frame's alpha; None breaks the sequence."""
-        if alpha is None:
-            self._last = []
-            return
-        self._last = [*self._last[-2:], alpha.astype(np.float32) / 255]
-        if len(self._last) == 3:
-            before, this, after = self._last
-            length = boundary_length(this)
-            if length > 0:
-                self._values.append(float(np.abs(this - (before + after) / 2).sum()) / length)
+    return padding if flicker(padding) < 0.8 * flicker(0.0) else 0.0
 
-    def mean(self) -> float:
-        """Mean over the frames that have two neighbours; 0 where none has."""
-        return float(np.mean(self._values)) if self._values else 0.0
+
+def _chunks(clip: Clip, network: Network, padding: float) -> tuple[list[Chunk], bool | None]:
+    """The clip in pieces, each with its shot's plate; and whether the camera stands still (None: not asked)."""
+    from pipeline.matting.plate import estimate_plate
+
+    size = max(12, CHUNK * 512 * 512 // (clip.frames.width * clip.frames.height))
+    chunks, still = [], []
+    for stretch in clip.runs():
+        plate = None
+        if clip.config.plate:
+            clip.run.check_stop()
+            plate = estimate_plate(clip.frames.image, lambda i: network.alpha(i, padding), stretch)
+            still.append(plate is not None)
+        chunks += [Chunk(stretch[first : first + size], plate) for first in range(0, len(stretch), size)]
+    return chunks, all(still) if still else None
+
+
+def _cut_chunk(clip: Clip, network: Network, padding: float, chunk: Chunk, on_frame: Callable[[int], None]) -> None:
+    """Fuse a chunk's answers with their neighbours', find their outlines, and write what comes of it."""
+    from pipeline.matting.fusion import REACH, Motion, fuse, middle_of_three
+    from pipeline.matting.refine import refine
+
+    shot = next(stretch for stretch in clip.runs() if chunk.frames[0] in stretch)
+    near = range(max(chunk.frames[0] - REACH, shot[0]), min(chunk.frames[-1] + REACH, shot[-1]) + 1)
+    motion = Motion([clip.frames.image(i) for i in near])
+    coarse = [network.alpha(i, padding) for i in near]
+    if clip.config.fuse:
+        coarse = fuse(coarse, motion)
+    cuts: dict[int, Cut] = {}
+
+    def cut(index: int) -> Cut | None:
+        """One frame by itself; those on either side of the chunk are needed for the median."""
+        if index not in near:
+            return None
+        if index not in cuts:
+            image, alpha = clip.frames.image(index), coarse[index - near[0]].astype(np.float32) / 255
+            fine = refine(image, alpha, chunk.plate)
+            cuts[index] = Cut(_bytes(fine.alpha), fine.foreground, _bytes(fine.certainty))
+        return cuts[index]
+
+    for index in chunk.frames:
+        this, before, after = cut(index), cut(index - 1), cut(index + 1)
+        assert this is not None
+        place = index - near[0]
+        came = motion.from_before(place, before.alpha) if before else None
+        goes = motion.from_after(place, after.alpha) if after else None
+        alpha = middle_of_three(came, this.alpha, goes) if clip.config.fuse else this.alpha
+        confidence = this.confidence
+        if came is not None and goes is not None:
+            confidence = np.minimum(confidence, 255 - np.maximum(came, goes) + np.minimum(came, goes))
+        _save(clip.run, index, Cut(_owned(clip, index, alpha), this.foreground, confidence))
+        cuts.pop(index - 1, None)
+        on_frame(1)
+
+
+def _owned(clip: Clip, index: int, alpha: Image) -> Image:
+    """What of an alpha is the tracked person's, the face without holes."""
+    hull = _face_hull(clip.landmarks[index], alpha.shape)
+    inside = alpha[hull > 0]
+    if len(inside) == 0 or inside.mean() < FACE_SHARE * 255:
+        return alpha
+    return belonging(np.maximum(alpha, hull), hull)
 
 
 def belonging(alpha: Image, face: Image) -> Image:
@@ -281,7 +410,7 @@ def _faces(run: StageRun, count: int) -> tuple[NDArray[np.float32], NDArray[np.b
 
 
 def _face_hull(landmarks: NDArray[np.float32], shape: tuple[int, ...]) -> Image:
-    """255 inside the face, a little inside its outline so that the network still draws the edge."""
+    """255 inside the face, a little inside its outline so that the edge is still found."""
     import cv2
 
     centre = landmarks.mean(0)
@@ -291,74 +420,109 @@ def _face_hull(landmarks: NDArray[np.float32], shape: tuple[int, ...]) -> Image:
     return hull
 
 
-def _choose_padding(run: StageRun, network: Network, present: NDArray[np.bool_], shots: NDArray[np.int64]) -> float:
-    """The border that flickers less on a few places of this clip: the configured one or none."""
-    padding = run.config.matte.padding
-    middles = np.flatnonzero(present[1:-1] & present[:-2] & present[2:] & (shots[:-2] == shots[2:])) + 1
-    if padding == 0 or not len(middles):
-        return padding
-    places = [int(middles[place]) for place in evenly(len(middles), PROBES)]
-    network.ask([(i + step, candidate) for candidate in (padding, 0.0) for i in places for step in (-1, 0, 1)])
-    scores = {}
-    for candidate in (padding, 0.0):
-        values = []
-        for place in places:
-            jitter = Jitter()
-            for index in range(place - 1, place + 2):
-                jitter.add(network.alpha(index, candidate))
-            values.append(jitter.mean())
-        scores[candidate] = float(np.median(values))
-    return 0.0 if scores[0.0] < 0.8 * scores[padding] else padding
+def _shape(frames: FrameSet) -> tuple[int, int]:
+    return frames.height, frames.width
 
 
-def _steadied(
-    run: StageRun, network: Network, padding: float, present: NDArray[np.bool_], frames: FrameSet
-) -> Iterator[Image]:
-    """Alpha of every frame as the median over its neighbours in its shot; 0 where the person is not found.
-
-    A median keeps an edge that moves steadily where it is, and drops what is there for a moment only.
-    """
-    half = run.config.matte.steady_frames // 2
-    window: dict[int, Image] = {}
-    for index in range(len(present)):
-        if not present[index]:
-            yield np.zeros((frames.height, frames.width), np.uint8)
-            continue
-        reach = 0
-        while reach < half and index - reach > 0 and index + reach + 1 < len(present):
-            before, after = index - reach - 1, index + reach + 1
-            if not (present[before] and present[after] and frames.shots[before] == frames.shots[after]):
-                break
-            reach += 1
-        near = range(index - reach, index + reach + 1)
-        window = {i: window[i] if i in window else network.alpha(i, padding) for i in near}
-        yield np.median(np.stack(list(window.values())), axis=0).astype(np.uint8)
+def _bytes(values: NDArray[np.float32]) -> Image:
+    return (255 * values + 0.5).astype(np.uint8)
 
 
-def _verdict(figures: dict[str, Any], present: NDArray[np.bool_], lost: NDArray[np.bool_]) -> Verdict:
-    flicker, partial = figures["flicker_px"], figures["partial_alpha_share"]
+def _is_cut(run: StageRun, index: int) -> bool:
+    """Whether a frame is finished; the alpha is written last."""
+    return (run.work / alpha_file(index)).is_file()
+
+
+def _finished(clip: Clip) -> list[int]:
+    return [i for i in clip.wanted if _is_cut(clip.run, i)]
+
+
+def _save(run: StageRun, index: int, cut: Cut) -> None:
+    save_image(run.work / foreground_file(index), cut.foreground)
+    save_image(run.work / confidence_file(index), cut.confidence)
+    save_image(run.work / alpha_file(index), cut.alpha)
+
+
+def _write_empty(clip: Clip) -> None:
+    """Frames without the person are empty."""
+    nothing = np.zeros(_shape(clip.frames), np.uint8)
+    for index in np.flatnonzero(~clip.present).tolist():
+        if not _is_cut(clip.run, index):
+            _save(clip.run, index, Cut(nothing, clip.frames.image(index), np.full_like(nothing, 255)))
+
+
+def _measure(clip: Clip) -> tuple[dict[str, Any], NDArray[np.bool_]]:
+    """The figures of the finished alphas, and the frames [T] in which the person is lost."""
+    from pipeline.matting.metrics import Flicker, partial_alpha_share
+
+    lost = np.zeros(len(clip.frames), bool)
+
+    def share(index: int) -> float:
+        alpha = _read_grey(clip.run.work / alpha_file(index))
+        inside = alpha[_face_hull(clip.landmarks[index], alpha.shape) > 0]
+        lost[index] = len(inside) > 0 and inside.mean() < FACE_SHARE * 255
+        return partial_alpha_share(alpha)
+
+    def flicker(middle: int) -> float:
+        jitter = Flicker()
+        for index in range(middle - 1, middle + 2):
+            jitter.add(clip.frames.image(index), _read_grey(clip.run.work / alpha_file(index)))
+        return jitter.mean()
+
+    middles = [index for stretch in clip.runs() for index in stretch[1:-1]]
+    flickers = clip.side_by_side(flicker, [middles[i] for i in evenly(len(middles), FLICKER_PLACES)])
+    shares = clip.side_by_side(share, clip.wanted)
+    figures = {
+        "flicker_px": round(float(np.mean(flickers)) if flickers else 0.0, 3),
+        "partial_alpha_share": round(float(np.mean(shares or [0])), 4),
+        "frames": len(clip.wanted),
+        "lost_frames": int(lost.sum()),
+    }
+    return figures, lost
+
+
+def _nobody(clip: Clip, origin: str, given: bool) -> Exception:
+    count = len(clip.wanted)
+    if given:
+        return UserError(
+            f"The tracked face is in none of {count} frames by {origin}.",
+            "see that white is the subject and that they are of this video; --person names whom to track",
+        )
+    return StageError(
+        f"The tracked person is in none of {count} frames by {origin}.",
+        "film against a plainer background, name another network (--set matte.model=u2netp) or give --alpha",
+    )
+
+
+def _verdict(
+    clip: Clip, origin: str, about: dict[str, Any], figures: dict[str, Any], lost: NDArray[np.bool_]
+) -> Verdict:
+    flicker, partial_share = figures["flicker_px"], figures["partial_alpha_share"]
     level: Level = "good"
-    if lost.any() or flicker > GOOD_FLICKER or partial > GOOD_PARTIAL:
+    if lost.any() or flicker > GOOD_FLICKER or partial_share > GOOD_PARTIAL:
         level = "fair"
-    if lost.sum() > 0.1 * figures["frames"] or flicker > POOR_FLICKER or partial > POOR_PARTIAL:
+    if lost.sum() > 0.1 * figures["frames"] or flicker > POOR_FLICKER or partial_share > POOR_PARTIAL:
         level = "poor"
     text = (
-        f"Matte: {level}. {figures['frames']} of {len(present)} frames, edge jitter {flicker:.2f} px, "
-        f"{100 * partial:.0f} % of the subject half transparent"
+        f"Matte: {level}. {figures['frames']} of {len(clip.frames)} frames from {origin}, edge jitter {flicker:.2f} px, "
+        f"{100 * partial_share:.0f} % of the subject half transparent"
     )
+    if about.get("still_camera") is False:
+        text += "; the camera or the background moves, so there is no clean plate"
     if lost.any():
-        text += f"; the network lost the person in {ranges_text(lost)}, where only the face is kept for sure"
+        text += f"; the person is lost in {ranges_text(lost)}, where only what is seen of them is kept"
     return Verdict(level, f"{text}.", "contact.jpg")
 
 
-def _write_contact_sheet(run: StageRun, frames: FrameSet, wanted: list[int]) -> None:
+def _write_contact_sheet(clip: Clip) -> None:
     """Eight frames over white."""
-    chosen = [wanted[i] for i in evenly(len(wanted), 8)]
+    chosen = [clip.wanted[i] for i in evenly(len(clip.wanted), 8)]
     tiles = []
     for index in chosen:
-        alpha = _read_grey(run.work / alpha_file(index))[..., None].astype(np.float32) / 255
-        tiles.append((frames.image(index) * alpha + 255 * (1 - alpha)).round().astype(np.uint8))
-    save_image(run.work / "contact.jpg", contact_sheet(tiles, [f"frame {i}" for i in chosen]), 88)
+        alpha = _read_grey(clip.run.work / alpha_file(index))[..., None].astype(np.float32) / 255
+        colours = clip.frames.foreground(index, clip.run.work)
+        tiles.append((colours * alpha + 255 * (1 - alpha)).round().astype(np.uint8))
+    save_image(clip.run.work / "contact.jpg", contact_sheet(tiles, [f"frame {i}" for i in chosen]), 88)
 
 
 def _read_grey(path: Path) -> Image:
@@ -369,9 +533,9 @@ def _read_grey(path: Path) -> Image:
 
 STAGE = Stage(
     name="matte",
-    version=1,
+    version=2,
     inputs=("decode", "track"),
     run=run,
-    assets=(U2NETP,),
-    description="foreground alpha with rembg, steady over time, kept to the tracked person",
+    assets=(SELFIE_SEGMENTATION, U2NETP),
+    description="foreground alpha and colours, steady over time, kept to the tracked person",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections.abc import Iterator
 from fractions import Fraction
@@ -12,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from alpha_clips import ALPHA_VIDEOS, movie, turned
 from numpy.typing import NDArray
 
 from pipeline import video
@@ -259,6 +261,92 @@ def test_no_more_than_a_few_frames_are_ever_held(
     decoded(subject, clip(tmp_path, moving(80)))
     assert len(alive) >= 160
     assert most[0] <= 3
+
+
+def cut_out(count: int = 12) -> list[Image]:
+    """RGBA frames [130, 160, 4]: a sliding texture with a soft disc of alpha, garbage where clear, black bars above."""
+    row, column = np.mgrid[:90, :160]
+    frames = []
+    for number, colour in enumerate(moving(count, size=(160, 90))):
+        alpha = np.clip(40 - np.hypot(column - 60 - 3 * number, row - 45), 0, 10) * 25.5
+        image = np.dstack([np.where(alpha[..., None] > 0, colour, 7), alpha]).astype(np.uint8)
+        frames.append(cv2.copyMakeBorder(image, 20, 20, 0, 0, cv2.BORDER_CONSTANT, value=(0, 0, 0, 255)))
+    return frames
+
+
+def over_white(image: Image) -> NDArray[np.float64]:
+    alpha = image[..., 3:] / 255
+    return np.asarray(image[..., :3] * alpha + 255 * (1 - alpha), np.float64)
+
+
+@pytest.mark.parametrize("kind", [*ALPHA_VIDEOS, *(f"{name} turned" for name in ("prores", "vp9", "vp8"))])
+def test_a_videos_alpha_channel_goes_with_its_frames(tmp_path: Path, subject: Subject, kind: str) -> None:
+    suffix, codec, pixel_format = ALPHA_VIDEOS[kind.partition(" ")[0]]
+    images = cut_out()
+    stored = [np.ascontiguousarray(np.rot90(image, 3)) for image in images] if "turned" in kind else images
+    path = movie(tmp_path / f"a{suffix}", stored, codec, pixel_format, "rgba")
+    _check_cut_out(subject, turned(path) if "turned" in kind else path, images)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+def test_the_alpha_channel_of_images_goes_with_their_frames(tmp_path: Path, subject: Subject, suffix: str) -> None:
+    folder, images = tmp_path / "images", cut_out()
+    folder.mkdir()
+    for number, image in enumerate(images):
+        cv2.imwrite(str(folder / f"{number}{suffix}"), cv2.cvtColor(image, cv2.COLOR_RGBA2BGRA))
+    _check_cut_out(subject, folder, images)
+
+
+def _check_cut_out(subject: Subject, path: Path, images: list[Image]) -> None:
+    for side, limits in ((160, (1, 2.5)), (80, (1, 3))):
+        frames, manifest = decoded(subject, path, max_side_px=side)
+        assert frames.has_alpha and frames.record["clips"][0]["alpha"]
+        assert "black bars cut, with an alpha channel" in manifest["verdict"]["text"]
+        (left, top, right, bottom), scale = frames.record["clips"][0]["bars"], side / 160
+        assert (left, right) == (0, 0) and 20 <= top <= 24 and 20 <= bottom <= 24
+        assert len(frames) == len(images)
+        for index, image in enumerate(images):
+            width, height = round(160 * scale), round(130 * scale)
+            truth = cv2.resize(
+                np.dstack([over_white(image), image[..., 3]]), (width, height), None, 0, 0, cv2.INTER_AREA
+            )
+            truth = truth[math.ceil(top * scale) : math.floor((130 - bottom) * scale)]
+            alpha = frames.alpha(index, frames.folder)
+            assert np.abs(alpha - truth[..., 3]).mean() < limits[0]
+            assert np.abs(frames.image(index) - truth[..., :3]).mean() < limits[1]
+            assert frames.image(index)[alpha == 0].min() > 240, "what is clear is white"
+
+
+def test_a_channel_that_is_opaque_everywhere_is_none(tmp_path: Path, subject: Subject) -> None:
+    images = [np.dstack([image, np.full(image.shape[:2], 255, np.uint8)]) for image in moving(12)]
+    frames, manifest = decoded(subject, movie(tmp_path / "a.mov", images, "qtrle", "argb", "rgba"))
+    assert not frames.has_alpha and not (frames.folder / "alpha").exists()
+    assert "alpha" not in manifest["verdict"]["text"]
+    assert np.abs(frames.image(5).astype(float) - moving(12)[5]).mean() < 3
+
+
+def test_one_of_two_clips_with_alpha(tmp_path: Path, subject: Subject) -> None:
+    first = movie(tmp_path / "a.mov", cut_out(), "qtrle", "argb", "rgba")
+    frames, manifest = decoded(subject, first, clip(tmp_path, moving(12)))
+    assert [about["alpha"] for about in frames.record["clips"]] == [True, False]
+    assert not frames.has_alpha
+    assert "1 of 2 clips with an alpha channel, hence not used as matte" in manifest["verdict"]["text"]
+    assert len(list((frames.folder / "alpha").iterdir())) == 12
+
+
+def test_frames_with_alpha_resume_to_the_same_bytes(tmp_path: Path, subject: Subject) -> None:
+    path = movie(tmp_path / "a.webm", cut_out(), "libvpx-vp9", "yuva420p", "rgba")
+    register_source(subject, [path])
+    calls = iter(range(99))
+    with pytest.raises(Interrupted):
+        run_stage(subject, decode.STAGE, [decode.STAGE], Config(), stop_requested=lambda: next(calls) > 17)
+    (work,) = subject.work.glob("decode-*")
+    assert 0 < len(list((work / "alpha").iterdir())) < 12
+    sorted((work / "alpha").iterdir())[-1].unlink()  # killed between a frame and its alpha
+    resumed = run_stage(subject, decode.STAGE, [decode.STAGE], Config())
+    whole = run_stage(subject, decode.STAGE, [decode.STAGE], Config(), force=True)
+    assert resumed["resumed"] and not whole["resumed"]
+    assert resumed["digest"] == whole["digest"]
 
 
 def test_frames_json_is_checked_at_the_border(tmp_path: Path, subject: Subject) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from face_clips import Image, decoded_subject, empty_room, face_frames, stage_ru
 
 from pipeline.assets import asset_path
 from pipeline.config import Config, MatteConfig
-from pipeline.dataset import Subject
+from pipeline.dataset import Subject, read_json, write_json
 from pipeline.errors import Interrupted, StageError, UserError
-from pipeline.frames import FrameSet
+from pipeline.frames import FrameSet, alpha_file, save_image
 from stages import matte, track
 
 
@@ -224,3 +225,45 @@ def test_jitter_counts_jumps_and_not_slow_motion() -> None:
     assert mean([0] * 6) == 0
     assert mean([0, 1, 0, 1, 0, 1]) == pytest.approx(2 / np.pi, rel=0.1)  # a 1 px jump, averaged round the disc
     assert mean([0, 0.1, 0.2, 0.3, 0.4, 0.5]) < 0.05
+
+
+def test_alphas_that_are_given_are_taken_as_they_are(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matte, "Network", lambda *a: pytest.fail("the network was asked"))
+    own = Subject(Path(shutil.copytree(subject.root, tmp_path / "ada")))
+    record = read_json(own.stage("decode") / "frames.json")
+    record["clips"][0]["alpha"] = True
+    write_json(own.stage("decode") / "frames.json", record)
+    (own.stage("decode") / "alpha").mkdir()
+    with np.load(own.stage("track") / "track.npz", allow_pickle=False) as file:
+        x0, y0, x1, y1 = file["boxes"][:9].mean(0).astype(int)
+    truth = []
+    for index in range(11):
+        alpha = np.full((180, 320), index, np.uint8)  # as it is: also what the network's answers would be freed from
+        alpha[y0 : y1 + 60, x0:x1] = 255
+        save_image(own.stage("decode") / alpha_file(index), alpha)
+        truth.append(alpha)
+    result, alphas = matted(own, tmp_path / "whole")
+    assert all(np.array_equal(a, b) for a, b in zip(alphas, truth, strict=True))
+    assert result.verdict.text.startswith("Matte: good. 11 frames from the video's own alpha channel, edge jitter 0.0")
+    assert {"flicker_px", "partial_alpha_share", "ms_per_frame"} <= set(result.metrics)
+    with pytest.raises(Interrupted):
+        matte.run(stage_run(own, tmp_path / "work", stop_requested=iter([False, False, True]).__next__))
+    assert len(list((tmp_path / "work" / "alpha").iterdir())) == 2
+    _, resumed = matted(own, tmp_path / "work")
+    assert all(np.array_equal(a, b) for a, b in zip(resumed, truth, strict=True))
+    for index in range(3):
+        save_image(own.stage("decode") / alpha_file(index), 255 - truth[index])
+    result, _ = matted(own, tmp_path / "inverted")
+    assert result.verdict.level == "poor"
+    assert "the face is left out in frames 0-2" in result.verdict.text
+    for index in range(11):
+        save_image(own.stage("decode") / alpha_file(index), 255 - truth[index])
+    with pytest.raises(UserError, match="The tracked face is in none of 9 frames by the video's own alpha channel"):
+        matted(own, tmp_path / "all")
+
+
+def test_alphas_that_were_given_and_are_gone_stop_the_stage(subject: Subject, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="The source of 'ada' is missing"):
+        matted(subject, tmp_path / "work", alpha="0" * 64)
