@@ -31,8 +31,10 @@ MIXED_UP_TO = 0.25
 """Pixels whose chroma is as far from the screen's as if they had less than this share of it show the subject alone."""
 FAR = 0.05
 """Nothing is half transparent farther from the clear screen than this share of the picture's longer side."""
-CHROMA_BLUR_PX = 1.0
-"""Standard deviation of what halving and doubling the chroma's resolution does to it."""
+EVEN_PX, CHROMA_BLUR_PX = 0.7, 1.2
+"""Standard deviations of the blur that evens out the chroma's steps, and of all that chroma is blurred by with it."""
+SUBJECT_VARIES = 25.0
+"""Standard deviation of the subject's luma about its mean near by, in 8-bit levels."""
 NOISE_REACH = 2.0
 """Standard deviations of the screen's noise that are taken off."""
 _SEARCH_SIDE = 192
@@ -101,13 +103,14 @@ def key(image: Image, backdrop: Backdrop) -> Floats:
 
     screen, seen = _chroma(backdrop.colour), _chroma(image)
     solid = _solid(seen, screen)
-    subject = _subject_near(np.concatenate([seen, seen[..., :1] ** 2], axis=-1), seen, screen, solid)
-    line = subject[..., :3] - screen
-    length = np.maximum(np.linalg.norm(line[..., 1:], axis=-1), 1e-3)
-    alpha = ((seen - screen) * line)[..., 1:].sum(-1) / length**2
+    line = _subject_near(seen, seen, screen, solid) - screen
+    away = seen - screen
+    chroma = cv2.GaussianBlur(away[..., 1:], (0, 0), EVEN_PX)
+    length = np.maximum(np.hypot(line[..., 1], line[..., 2]), 1e-3)
+    alpha = (chroma[..., 0] * line[..., 1] + chroma[..., 1] * line[..., 2]) / length**2
     contrast = line[..., 0] ** 2
-    trust = contrast / (contrast + 4 * np.maximum(subject[..., 3] - subject[..., 0] ** 2, 0) + 100)
-    by_luma = ((seen - screen)[..., 0] * line[..., 0] / np.maximum(contrast, 1)).clip(0, 1)
+    by_luma = (away[..., 0] * line[..., 0] / np.maximum(contrast, 1)).clip(0, 1)
+    trust = contrast / (contrast + SUBJECT_VARIES**2)
     alpha += trust * (by_luma - cv2.GaussianBlur(by_luma, (0, 0), CHROMA_BLUR_PX))
     # What the screen's own noise looks like is none of the subject.
     floor = NOISE_REACH * backdrop.noise / length
@@ -204,11 +207,11 @@ def _solid(seen: Floats, screen: Floats) -> NDArray[np.bool_]:
     """[H, W] where the subject is alone: its chroma is far from the screen's all around, or the screen is far away."""
     import cv2
 
-    saturation = np.linalg.norm(screen[..., 1:], axis=-1)
-    away = np.linalg.norm(cv2.blur(seen[..., 1:] - screen[..., 1:], (3, 3)), axis=-1) / np.maximum(saturation, 1e-3)
-    unlike = cv2.erode((away > 1 - MIXED_UP_TO).astype(np.uint8), np.ones((3, 3))) > 0
-    distance = cv2.distanceTransform((away > HUE_REACH).astype(np.uint8), cv2.DIST_L2, 3)
-    return np.asarray(unlike | (distance > FAR * max(away.shape)))
+    away = cv2.blur(seen - screen, (3, 3))
+    share = np.hypot(away[..., 1], away[..., 2]) / np.maximum(np.hypot(screen[..., 1], screen[..., 2]), 1e-3)
+    unlike = cv2.erode((share > 1 - MIXED_UP_TO).astype(np.uint8), np.ones((3, 3))) > 0
+    distance = cv2.distanceTransform((share > HUE_REACH).astype(np.uint8), cv2.DIST_L2, 3)
+    return np.asarray(unlike | (distance > FAR * max(share.shape)))
 
 
 def _subject_near(values: Floats, seen: Floats, screen: Floats, solid: NDArray[np.bool_]) -> Floats:
@@ -222,13 +225,19 @@ def _subject_near(values: Floats, seen: Floats, screen: Floats, solid: NDArray[n
 
 
 def _nearest_mean(values: Floats, where: NDArray[np.bool_]) -> Floats:
-    """Mean [H, W, C] of the values there, of those near by as far as there are any, else from farther away."""
+    """Mean [H, W, 3] of the values there, of those near by as far as there are any, else from farther away.
+
+    Means over 9 pixels, then 40, 136 and all; taken at half and at an eighth of the size, as they are smooth.
+    """
     import cv2
 
-    weight = where.astype(np.float32)
-    weighted = values * weight[..., None]
-    total, count = np.full(values.shape, 0, np.float32), np.full(where.shape, 1e-12, np.float32)
-    for side, share in ((9, 1.0), (33, 0.03), (129, 1e-3), (2 * max(where.shape) + 1, 1e-6)):
-        total += share * cv2.blur(weighted, (side, side), borderType=cv2.BORDER_ISOLATED).reshape(values.shape)
-        count += share * cv2.blur(weight, (side, side), borderType=cv2.BORDER_ISOLATED)
-    return np.asarray(total / count[..., None])
+    height, width = where.shape
+    half = (max(width // 2, 1), max(height // 2, 1))
+    eighth = (max(width // 8, 1), max(height // 8, 1))
+    weighted = np.dstack([values, np.ones((height, width), np.float32)]) * where[..., None]
+    fine = cv2.resize(weighted, half, interpolation=cv2.INTER_AREA)
+    coarse = cv2.resize(fine, eighth, interpolation=cv2.INTER_AREA)
+    total = cv2.blur(fine, (5, 5), borderType=cv2.BORDER_ISOLATED)
+    wide = sum(s * cv2.blur(coarse, (n, n), borderType=cv2.BORDER_ISOLATED) for n, s in ((5, 0.03), (17, 1e-3)))
+    total += cv2.resize(wide, half) + 1e-6 * coarse.mean((0, 1))
+    return np.asarray(cv2.resize(total[..., :3] / np.maximum(total[..., 3:], 1e-12), (width, height)), np.float32)
