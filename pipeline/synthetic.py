@@ -148,6 +148,73 @@ def _paint(
     return albedo
 
 
+@dataclass(frozen=True, eq=False)
+class Hair:
+    """Loose strands that stand off the head and move with it."""
+
+    points: NDArray[np.float64]
+    """[S, P, 3] along each strand from its root, in the head frame, metres."""
+    widths: NDArray[np.float64]
+    """[S] metres."""
+    shades: NDArray[np.float32]
+    """[S] brightness, about 1."""
+
+
+def grow_hair(head: HeadModel, vertices: NDArray[np.floating], count: int, generator: np.random.Generator) -> Hair:
+    """Strands of 2 to 6 cm all over the scalp of a head's `vertices` [V, 3], bent by chance and by their weight."""
+    bare = np.any([head.regions[name] for name in _PAINTED_REGIONS if name in head.regions], axis=0)
+    scalp = head.faces[(~bare & (head.template[:, 1] > np.maximum(0.02, head.template[:, 2])))[head.faces].all(1)]
+    corners = vertices[scalp].astype(np.float64)
+    areas = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
+    chosen = generator.choice(len(corners), count, p=areas / areas.sum())
+    roots = np.einsum("sc,sci->si", generator.dirichlet(np.ones(3), count), corners[chosen])
+    outward = roots - np.array([0, 0.03, 0.01])
+    heading = outward / np.linalg.norm(outward, axis=1, keepdims=True) + generator.normal(0, 0.35, (count, 3))
+    bend = generator.normal(0, 0.12, (count, 3)) - [0, 0.12, 0]
+    step = generator.uniform(0.02, 0.06, (count, 1)) / (_STRAND_POINTS - 1)
+    points = [roots]
+    for _ in range(_STRAND_POINTS - 1):
+        points.append(points[-1] + step * heading / np.linalg.norm(heading, axis=1, keepdims=True))
+        heading = heading + bend
+    widths, shades = generator.uniform(2e-4, 7e-4, count), generator.uniform(0.6, 1.5, count)
+    return Hair(np.stack(points, axis=1), widths, shades.astype(np.float32))
+
+
+def _strand_samples(
+    hair: Hair, T_cam_head: NDArray[np.float64], K: NDArray[np.float64], depth: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The samples of a picture that show hair, as flat indices [N], and how bright it is there [N].
+
+    Args:
+        K: [3, 3] intrinsics of the samples.
+        depth: [H, W] of the head at each sample; what lies behind it is hidden.
+    """
+    height, width = depth.shape
+    camera = transform_points(T_cam_head, hair.points)
+    places = project_points(camera, K)
+    reach = np.abs(np.diff(places, axis=1)).max(-1).sum(1).max()
+    # Linear between the points, densely enough that no sample on the way is passed over.
+    at = np.linspace(0, _STRAND_POINTS - 1, max(int(1.5 * reach), 2))
+    first = np.minimum(at.astype(int), _STRAND_POINTS - 2)
+    share = (at - first)[:, None]
+    values = np.concatenate([places, camera[..., 2:]], axis=-1)
+    along = (1 - share) * values[:, first] + share * values[:, first + 1]
+    thickness = np.maximum(np.round(hair.widths * K[0, 0] / camera[..., 2].mean(1)), 1).astype(int)
+    indices, shades = [], []
+    for offset in np.ndindex(int(thickness.max()), int(thickness.max())):
+        drawn = thickness > max(offset)
+        x, y = (np.floor(along[drawn, :, axis] + offset[axis] - thickness[drawn, None] / 2 + 0.5) for axis in (0, 1))
+        inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+        flat = (y * width + x)[inside].astype(np.int64)
+        shown = along[drawn, :, 2][inside] < depth.reshape(-1)[flat] + _STRAND_DEPTH_M
+        indices.append(flat[shown])
+        shades.append(np.broadcast_to(hair.shades[drawn, None], x.shape)[inside][shown])
+    return np.concatenate(indices), np.concatenate(shades)
+
+
+_STRAND_POINTS = 12
+_STRAND_DEPTH_M = 2e-3
+"""A root may lie this far inside the mesh and still be seen."""
 _PAINTED_REGIONS = ("face", "ears", "lips", "eyelids", "mouth_interior", "tongue", "teeth", "eyes", "torso")
 
 
@@ -161,6 +228,7 @@ def render_head(
     look: Look | None = None,
     background: NDArray[np.floating] | float = 1.0,
     supersample: int = 2,
+    hair: Hair | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """A painted, lit picture [H, W, 3] in [0, 1] and its alpha [H, W].
 
@@ -168,6 +236,7 @@ def render_head(
         vertices: [V, 3] of `head` in the head frame.
         background: what shows behind, anything that broadcasts to [H, W, 3].
         supersample: samples a pixel along each axis; their mean is the pixel.
+        hair: strands of the colour of the look's hair; none is thinner than a sample.
     """
     look = look or Look()
     n = supersample
@@ -191,6 +260,10 @@ def render_head(
 
     premultiplied = np.zeros((n * height, n * width, 4), dtype=np.float32)
     premultiplied[seen] = np.concatenate([color, np.ones((len(color), 1), np.float32)], axis=1)
+    if hair is not None:
+        strands, shade = _strand_samples(hair, T_cam_head, np.diag([n, n, 1.0]) @ K, raster.depth)
+        colors = np.asarray(look.hair, np.float32) * shade[:, None]
+        premultiplied.reshape(-1, 4)[strands] = np.concatenate([colors, np.ones((len(strands), 1), np.float32)], axis=1)
     premultiplied = premultiplied.reshape(height, n, width, n, 4).mean(axis=(1, 3))
     alpha = premultiplied[..., 3]
     picture = premultiplied[..., :3] + (1 - alpha[..., None]) * np.asarray(background, dtype=np.float32)
@@ -259,6 +332,7 @@ def make_clip(
     identity_scale: float = 0.3,
     motion: float = 1.0,
     supersample: int = 2,
+    hair: int = 0,
 ) -> SyntheticClip:
     """Render a talking head that nods, turns, blinks and looks around, smoothly and at random.
 
@@ -272,6 +346,7 @@ def make_clip(
         identity_scale: how far the subject is from the average, as a share of the plausible identity range.
         motion: scale of head rotation and translation; 1 turns about 20 degrees to the sides.
         supersample: samples a pixel along each axis.
+        hair: number of loose strands, a few tenths of a millimetre wide; they need four samples a pixel.
     """
     generator = np.random.default_rng(seed)
     head = head or load_head("anny")
@@ -302,12 +377,13 @@ def make_clip(
         [project_points(landmarks_cam, K), (K[0, 0] * (landmarks_cam[..., 2] / mean_depth - 1))[..., None]], axis=-1
     )
 
+    strands = grow_hair(head, vertices[0].numpy(), hair, np.random.default_rng(seed + 1)) if hair else None
     backdrop = _backdrop(generator, width, height, background)
     images = np.empty((frames, height, width, 3), dtype=np.uint8)
     alpha = np.empty((frames, height, width), dtype=np.float32)
     for t in range(frames):
         picture, alpha[t] = render_head(
-            head, vertices[t].numpy(), Ts_cam_head[t], K, width, height, look, backdrop, supersample
+            head, vertices[t].numpy(), Ts_cam_head[t], K, width, height, look, backdrop, supersample, strands
         )
         images[t] = np.round(picture * 255)
     return SyntheticClip(
