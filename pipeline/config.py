@@ -65,7 +65,7 @@ class MatteConfig(Section):
     """From frames to foreground alpha."""
 
     model: str = Field("u2netp", pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    """A rembg model by name; all but u2netp are fetched by rembg from their publisher."""
+    """The network: one of rembg's by name; `headcast assets list` tells their sizes and licences."""
     padding: float = Field(0.25, ge=0, le=1)
     """Replicated border added before inference, as a share of the frame's sides."""
     key_every: int = Field(2, ge=1, le=8)

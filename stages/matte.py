@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.assets import U2NETP, asset_path, fetch_rembg_model, rembg_home
+from pipeline.assets import U2NETP, asset_path, matting_asset, rembg_home
 from pipeline.dataset import write_json
 from pipeline.errors import StageError, UserError
 from pipeline.frames import FrameSet, alpha_file, contact_sheet, evenly, ranges_text, save_image
@@ -234,10 +234,10 @@ def open_model(model: str) -> Callable[[Image], Image]:
     u2netp runs without rembg, whose import alone takes seconds; the others are rembg's by name.
 
     Raises:
-        UserError: rembg knows no such model, or u2netp's file has wrong bytes.
+        UserError: there is no such model, or its file has wrong bytes.
         StageError: the model's file is not on this machine.
     """
-    file = asset_path(U2NETP, fetch=False) if model == U2NETP else fetch_rembg_model(model)
+    file = asset_path(matting_asset(model), fetch=False)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -460,6 +460,6 @@ STAGE = Stage(
     version=1,
     inputs=("decode", "track"),
     run=run,
-    assets=(U2NETP,),
+    assets=lambda config: () if config.matte.alpha else (matting_asset(config.matte.model),),
     description="foreground alpha with rembg, steady over time, kept to the tracked person",
 )
