@@ -20,7 +20,7 @@ from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 
-from pipeline.assets import U2NETP, ensure_assets, fetch_rembg_model  # noqa: E402
+from pipeline.assets import ensure_assets  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
 from pipeline.report import build_report  # noqa: E402
 from pipeline.run import (  # noqa: E402
@@ -75,9 +75,7 @@ def subject_flow(request: RunRequest) -> list[str]:
     with hold(subject):
         check_captures_first(request, subject, reporter)
         open_subject(request, subject, config)
-        ensure_assets({name for stage in wanted for name in stage.assets}, reporter)
-        if config.matte.model != U2NETP:
-            fetch_rembg_model(config.matte.model, reporter=reporter)
+        ensure_assets({name for stage in wanted for name in stage.assets(config)}, reporter)
         try:
             for number, stage in enumerate(wanted, 1):
                 label = f"[{number}/{len(wanted)}] {stage.name}"

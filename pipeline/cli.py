@@ -345,11 +345,12 @@ def _status_lines(document: dict[str, Any]) -> str:
 
 
 def _doctor(command: Doctor) -> tuple[dict[str, Any], str, int]:
+    from pipeline.config import Config
     from pipeline.doctor import examine
     from pipeline.finding import LEVELS, worst
     from stages import STAGES
 
-    findings = examine(command.data, {name for stage in STAGES for name in stage.assets}, command.videos)
+    findings = examine(command.data, {name for stage in STAGES for name in stage.assets(Config())}, command.videos)
     lines = [f"{f.level:<9}{f.what}" + (f"\n         -> {f.fix}" if f.fix else "") for f in findings]
     level = worst(findings)
     document = {"schema": 1, "level": level, "findings": [vars(finding) for finding in findings]}
@@ -369,12 +370,20 @@ def _assets(command: Assets) -> tuple[dict[str, Any], str, int]:
     if command.action == "fetch":
         ensure_assets(set(command.names) or {a["name"] for a in assets if not a["on_request"]}, default_reporter())
     rows = [asset for asset in list_assets() if not command.names or asset["name"] in command.names]
-    lines = [f"{a['name']:<21}{a['state']:<9}{a['size'] / 1e6:>7.1f} MB  {a['licence']}\n    {a['path']}" for a in rows]
+    lines = [_asset_lines(asset) for asset in rows if not asset["matting"]]
+    networks = [_asset_lines(asset) for asset in rows if asset["matting"]]
+    if networks:
+        lines += ["", "Matting networks for --set matte.model=NAME, fetched when one is chosen:", *networks]
     heads = [] if command.names else list_heads()
     if heads:
         lines += ["", "Head models for --head that you bring yourself (anny comes with headcast):"]
         lines += [f"{h['name']:<21}{h['state']:<9}  {h['licence']}\n    {h['path']}, from {h['page']}" for h in heads]
     return {"schema": 1, "assets": rows, "heads": heads}, "\n".join(lines), 0
+
+
+def _asset_lines(a: dict[str, Any]) -> str:
+    size = f"{a['size'] / 1e6:>7.1f}" if a["size"] % 1_000_000 else f"{a['size'] // 1_000_000:>5}  "
+    return f"{a['name']:<22}{a['state']:<9}{size} MB  {a['licence']}\n    {a['about']}; {a['path']}"
 
 
 def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
@@ -391,9 +400,10 @@ def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
         return document, table(document), 0
     from pipeline import bench_run
     from pipeline.assets import SAMPLE_CLIP, asset_path, ensure_assets
+    from pipeline.config import Config
     from stages import STAGES
 
-    ensure_assets({name for stage in STAGES for name in stage.assets}, default_reporter())
+    ensure_assets({name for stage in STAGES for name in stage.assets(Config())}, default_reporter())
     document = bench_run.bench_runs(command.videos or (asset_path(SAMPLE_CLIP),), command.preset)
     return document, bench_run.table(document), 0
 

@@ -222,7 +222,7 @@ def load_crops(
     threads: int = 1,
     on_frame: Callable[[], None] = lambda: None,
 ) -> Crops:
-    """Subject, alphas and confidences of these indices as square crops over white; what lies outside the frame is white, alpha 0.
+    """Subject, alphas and confidences of these indices as square crops; outside the frame white, alpha 0, for sure.
 
     Args:
         clip: whose frames.

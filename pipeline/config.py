@@ -67,7 +67,7 @@ class MatteConfig(Section):
     source: Literal["auto", "network", "chroma"] = "auto"
     """Where alphas come from: auto keys an even green or blue screen where there is one, else asks the network."""
     model: str = Field("selfie_segmentation", pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    """The network: selfie_segmentation (MediaPipe), u2netp, or a rembg model by name, fetched from its publisher."""
+    """The network: selfie_segmentation knows people and is fast; `headcast assets list` tells the others."""
     padding: float = Field(0.25, ge=0, le=1)
     """Replicated border to try before inference, as a share of the frame's sides; kept where it flickers less."""
     key_every: int | None = Field(None, ge=1, le=8)

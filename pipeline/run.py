@@ -145,6 +145,8 @@ def prepare(request: RunRequest, stages: Sequence[Stage]) -> tuple[Subject, Conf
     for asked in (request.first, request.last):
         if asked is not None and asked not in names:
             raise UserError(f"There is no stage '{asked}'.", f"choose one of: {', '.join(names)}")
+    for stage in stages:
+        stage.assets(config)  # refuses a model that is not one
     end = names.index(request.last) if request.last else len(names) - 1
     if request.first and names.index(request.first) > end:
         raise UserError(f"Stage '{request.first}' comes after '{request.last}'.", f"the order is: {', '.join(names)}")

@@ -102,7 +102,7 @@ class Stage:
     run: Callable[[StageRun], Result]
     reads: tuple[str, ...] = ()
     """Further config fields, as `section.field`, that this stage's work depends on."""
-    assets: tuple[str, ...] = ()
+    assets: Callable[[Config], tuple[str, ...]] = lambda config: ()
     """Assets (`pipeline.assets`) that must be there before the stage works; nothing is fetched while it does."""
     description: str = ""
     data: Callable[[Config], dict[str, str]] = lambda config: {}

@@ -1,16 +1,15 @@
 """Matte: foreground alpha of every frame in which the tracked person is, and the person's own colours.
 
-Where the alpha comes from, the first of these that is there: alphas of the user's own, the clip's alpha channel, a green
-or blue screen behind the person, a network. A network sees each frame for itself, coarsely, and knows no person. So its
-answers are taken together with those of the frames around, moved by the picture's motion; their outline is found anew
-in the colours on both sides of it, with the empty scene behind where the camera stands still; and what does not hang
-together with the tracked person goes.
+Where the alpha comes from, the first of these that is there: alphas of the user's own, the clip's alpha channel, a
+green or blue screen behind the person, a network. A network sees each frame for itself, coarsely, and knows nobody. So
+its answers are taken together with those of the frames around, moved by the picture's motion; their outline is found
+anew in the colours on both sides of it, with the empty scene behind where the camera stands still; and what does not
+hang together with the tracked person goes.
 """
 
 from __future__ import annotations
 
 import bisect
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.assets import SELFIE_SEGMENTATION, U2NETP
+from pipeline.assets import SELFIE_SEGMENTATION, matting_asset
 from pipeline.dataset import write_json
 from pipeline.errors import StageError, UserError
 from pipeline.frames import (
@@ -159,7 +158,7 @@ def _cut_given(clip: Clip, given: GivenAlpha) -> dict[str, Any]:
             clip.run.check_stop()
             if not _is_cut(clip.run, index):
                 alpha, image = given(index), clip.frames.image(index)
-                _save(clip.run, index, Cut(alpha, foreground(image, alpha), np.full_like(alpha, 255)))
+                _save(clip.run, index, Cut(alpha, foreground(image, _share(alpha)), np.full_like(alpha, 255)))
             task.advance()
     return {}
 
@@ -182,7 +181,7 @@ def _cut_from_screen(clip: Clip, backdrop: Backdrop) -> dict[str, Any]:
     def cut(index: int) -> None:
         image = clip.frames.image(index)
         alpha = _owned(clip, index, np.round(255 * key(image, backdrop)).astype(np.uint8))
-        colours = despill(image, alpha.astype(np.float32) / 255, backdrop)
+        colours = despill(image, _share(alpha), backdrop)
         _save(clip.run, index, Cut(alpha, colours, np.full_like(alpha, 255)))
 
     _in_frames(clip, cut)
@@ -355,8 +354,8 @@ def _cut_chunk(clip: Clip, network: Network, padding: float, chunk: Chunk, on_fr
         if index not in near:
             return None
         if index not in cuts:
-            image, alpha = clip.frames.image(index), coarse[index - near[0]].astype(np.float32) / 255
-            fine = refine(image, alpha, chunk.plate)
+            image, alpha = clip.frames.image(index), coarse[index - near[0]]
+            fine = refine(image, _share(alpha), chunk.plate)
             cuts[index] = Cut(_bytes(fine.alpha), fine.foreground, _bytes(fine.certainty))
         return cuts[index]
 
@@ -424,6 +423,11 @@ def _shape(frames: FrameSet) -> tuple[int, int]:
     return frames.height, frames.width
 
 
+def _share(alpha: Image) -> NDArray[np.float32]:
+    """An 8-bit alpha in [0, 1]."""
+    return np.asarray(alpha, np.float32) / np.float32(255)
+
+
 def _bytes(values: NDArray[np.float32]) -> Image:
     return (255 * values + 0.5).astype(np.uint8)
 
@@ -461,7 +465,7 @@ def _measure(clip: Clip) -> tuple[dict[str, Any], NDArray[np.bool_]]:
         alpha = _read_grey(clip.run.work / alpha_file(index))
         inside = alpha[_face_hull(clip.landmarks[index], alpha.shape) > 0]
         lost[index] = len(inside) > 0 and inside.mean() < FACE_SHARE * 255
-        return partial_alpha_share(alpha)
+        return partial_alpha_share(_share(alpha))
 
     def flicker(middle: int) -> float:
         jitter = Flicker()
@@ -504,8 +508,8 @@ def _verdict(
     if lost.sum() > 0.1 * figures["frames"] or flicker > POOR_FLICKER or partial_share > POOR_PARTIAL:
         level = "poor"
     text = (
-        f"Matte: {level}. {figures['frames']} of {len(clip.frames)} frames from {origin}, edge jitter {flicker:.2f} px, "
-        f"{100 * partial_share:.0f} % of the subject half transparent"
+        f"Matte: {level}. {figures['frames']} of {len(clip.frames)} frames from {origin}, "
+        f"edge jitter {flicker:.2f} px, {100 * partial_share:.0f} % of the subject half transparent"
     )
     if about.get("still_camera") is False:
         text += "; the camera or the background moves, so there is no clean plate"
@@ -536,6 +540,6 @@ STAGE = Stage(
     version=2,
     inputs=("decode", "track"),
     run=run,
-    assets=(SELFIE_SEGMENTATION, U2NETP),
+    assets=lambda config: () if config.matte.alpha else (matting_asset(config.matte.model),),
     description="foreground alpha and colours, steady over time, kept to the tracked person",
 )

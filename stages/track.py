@@ -674,5 +674,10 @@ def _told(frames: FrameSet, subject: Subject) -> list[str]:
 
 
 STAGE = Stage(
-    "track", 2, ("decode",), track, assets=(FACE_LANDMARKER,), description="landmarks, expression scores and flags"
+    "track",
+    2,
+    ("decode",),
+    track,
+    assets=lambda config: (FACE_LANDMARKER,),
+    description="landmarks, expression scores and flags",
 )

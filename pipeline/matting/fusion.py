@@ -1,7 +1,8 @@
-"""Alphas steadied over time: each frame's is taken together with its neighbours', moved to it by the picture's motion."""
+"""Alphas steadied over time: each frame's together with its neighbours', moved to it by the picture's motion."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,9 +36,9 @@ class Motion:
             shrink = FLOW_SIDE / max(grey.shape)
             greys.append(grey if shrink >= 1 else cv2.resize(grey, None, fx=shrink, fy=shrink, interpolation=3))
         self._size = images[0].shape[1::-1]
-        self.forth = [dense_flow(a, b) for a, b in zip(greys[:-1], greys[1:], strict=True)]
+        self.forth = [dense_flow(a, b) for a, b in itertools.pairwise(greys)]
         """[n - 1] from each frame to the next: where its pixels come from."""
-        self.back = [dense_flow(b, a) for a, b in zip(greys[:-1], greys[1:], strict=True)]
+        self.back = [dense_flow(b, a) for a, b in itertools.pairwise(greys)]
         """[n - 1] from each frame's follower to it."""
         pairs = zip(greys[:-1], greys[1:], self.forth, strict=True)
         self.trust_forth = [_trust(warp(a, flow), b) for a, b, flow in pairs]

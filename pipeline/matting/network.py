@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.assets import SELFIE_SEGMENTATION, U2NETP, asset_path, fetch_rembg_model, rembg_home
+from pipeline.assets import SELFIE_SEGMENTATION, U2NETP, asset_path, matting_asset, rembg_home
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,14 +29,14 @@ def open_network(model: str) -> Iterator[Predict]:
     u2netp runs without rembg, whose import alone takes seconds; the others are rembg's by name.
 
     Raises:
-        UserError: rembg knows no such model, or a file has wrong bytes.
+        UserError: there is no such model, or its file has wrong bytes.
         StageError: the model's file is not on this machine.
     """
     if model == SELFIE_SEGMENTATION:
         with contextlib.closing(SelfieSegmentation()) as network:
             yield network
         return
-    file = asset_path(U2NETP, fetch=False) if model == U2NETP else fetch_rembg_model(model)
+    file = asset_path(matting_asset(model), fetch=False)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""The empty scene behind the subject, where the camera stands still: each pixel's usual colour while nobody covers it."""
+"""The empty scene behind the subject, where the camera stands still: each pixel's usual colour while it is seen."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import subprocess
 import urllib.error
 import urllib.request
@@ -14,10 +15,20 @@ from typing import Any
 import pytest
 
 from pipeline import assets
-from pipeline.assets import Asset, Url, WheelMember, asset_path, ensure_assets, fetch_asset, list_assets
+from pipeline.assets import (
+    Asset,
+    Url,
+    WheelMember,
+    asset_path,
+    ensure_assets,
+    fetch_asset,
+    list_assets,
+    matting_asset,
+)
 from pipeline.errors import StageError, UserError
 from pipeline.progress import SilentReporter
 
+MATTING = assets._MATTING_ASSETS
 RED, BLUE = b"red bytes", b"blue bytes"
 WHEEL = "some-wheel==1.0"
 
@@ -44,6 +55,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         asset("blue", BLUE, WheelMember(WHEEL, "data/blue.bin"), address),
     )
     monkeypatch.setattr(assets, "_ASSETS", entries)
+    monkeypatch.setattr(assets, "_MATTING_ASSETS", ())
     monkeypatch.setenv("HEADCAST_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -188,8 +200,118 @@ def test_an_unknown_asset_names_the_known_ones() -> None:
     assert caught.value.fix == "choose one of: red, blue"
 
 
-def test_a_matting_model_that_sends_images_away_is_refused() -> None:
-    with pytest.raises(UserError, match="'atlascloud' cannot be the matting model: it sends the images to a service"):
-        assets.fetch_rembg_model("atlascloud")
-    with pytest.raises(UserError, match="'nonsense' cannot be the matting model: it is not one"):
-        assets.fetch_rembg_model("nonsense")
+NET = b"a network" * 300_000
+NETWORK = Asset(
+    "net",
+    "net.onnx",
+    "1",
+    "MIT (Net)",
+    hashlib.md5(NET).hexdigest(),
+    2_700_000,
+    (Url("https://example.org/net-v2.onnx"),),
+    "a matting network",
+    on_request=True,
+    algorithm="md5",
+    matting=True,
+)
+
+
+@pytest.fixture
+def network(registry: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a large matting network will lie."""
+    monkeypatch.setattr(assets, "_MATTING_ASSETS", (NETWORK,))
+    return registry / "net.onnx"
+
+
+def test_a_matting_network_is_fetched_in_pieces_with_size_and_licence_said_first(
+    network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Answer(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            asked.append(size or 0)
+            return super().read(size)
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: Answer(NET))
+    listener = Listener()
+    ensure_assets({matting_asset("net")}, listener)
+    assert network.read_bytes() == NET
+    assert listener.lines == ["Fetching net (2.7 MB, MIT (Net)) from https://example.org/net-v2.onnx"]
+    assert set(asked) == {1 << 20}, "never the whole of it at once"
+    assert list_assets()[-1]["state"] == "ready"
+    assert list_assets()[-1]["md5"] == NETWORK.digest and "sha256" not in list_assets()[-1]
+    network.write_bytes(NET[:-1])
+    with pytest.raises(UserError, match=f"has md5 .*, expected {NETWORK.digest}"):
+        asset_path("net")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(NET[:-7], "md5 [0-9a-f]{32}, expected"), (2 * NET, "more than the 2.7 MB that it should have")],
+    ids=["cut off", "another"],
+)
+def test_a_network_with_wrong_bytes_is_not_kept(
+    network: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, reason: str
+) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(data))
+    with pytest.raises(StageError, match=reason):
+        fetch_asset("net")
+    assert not list(network.parent.iterdir())
+
+
+def test_a_fetch_that_breaks_off_leaves_nothing_and_names_the_place(
+    network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Answer(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise TimeoutError("timed out")
+            return super().read(size)
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: Answer(NET))
+    with pytest.raises(StageError, match=r"https://example\.org/net-v2\.onnx: timed out") as caught:
+        fetch_asset("net")
+    assert caught.value.fix == (
+        f"check the network or pip's index, or put the file by hand at '{network}' (md5 {NETWORK.digest})"
+    )
+    assert not list(network.parent.iterdir())
+    network.write_bytes(NET)
+    assert fetch_asset("net") == network
+
+
+def test_a_model_that_cannot_matte_is_refused_with_the_reason(network: Path) -> None:
+    for model, why in (
+        ("atlascloud", "it sends the images to a service; nothing may leave this machine"),
+        ("sam", "it has to be shown where the subject is"),
+        ("u2net_cloth_seg", "it finds clothes, not people"),
+        ("nonsense", "it is not one"),
+    ):
+        with pytest.raises(UserError) as caught:
+            matting_asset(model)
+        assert caught.value.what == f"'{model}' cannot be the matting model: {why}."
+        assert caught.value.fix == "choose with --set matte.model=NAME one of: u2netp, net"
+
+
+def test_the_networks_are_rembgs() -> None:
+    import inspect
+
+    from rembg.sessions import sessions
+
+    assert {"u2netp", *(a.name for a in MATTING), *assets._UNFIT} == set(sessions)
+    for entry in MATTING:
+        source = inspect.getsource(sessions[entry.name].download_models)
+        assert f'"{entry.sources[0]}"' in source
+        assert f'"{entry.algorithm}:{entry.digest}"' in source
+        assert entry.licence and entry.on_request
+
+
+def test_rembg_looks_in_the_cache_whatever_it_was_told(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rembg.sessions import sessions
+
+    registry.mkdir()
+    (registry / "u2net.onnx").write_bytes(b"network")
+    monkeypatch.setenv("U2NET_HOME", "/elsewhere")
+    with assets.rembg_home():
+        assert sessions["u2net"].download_models() == str(registry / "u2net.onnx")
+    assert os.environ["U2NET_HOME"] == "/elsewhere"

@@ -10,6 +10,7 @@ import pytest
 from face_clips import face_frames
 
 from pipeline import capture_check
+from pipeline.config import Config, MatteConfig
 from pipeline.dataset import Dataset, Subject, sha256_file
 from pipeline.errors import UserError
 from pipeline.finding import Finding
@@ -141,3 +142,19 @@ def test_a_photograph_is_part_of_the_settings_and_stays_for_reruns(
     again = RunRequest(data=tmp_path / "data", subject=subject.name)
     assert prepare(again, STAGES)[1].track.like == sha256_file(photo)
     assert [s.name for s in Dataset(tmp_path / "data").subjects()] == [subject.name]
+
+
+def test_a_run_needs_the_model_it_asks_for_and_none_for_alphas_of_ones_own() -> None:
+    def needed(**changes: str) -> set[str]:
+        config = Config(matte=MatteConfig(**changes))
+        return {name for stage in STAGES for name in stage.assets(config)}
+
+    assert needed() == {"face_landmarker", "u2netp"}
+    assert needed(model="isnet-general-use") == {"face_landmarker", "isnet-general-use"}
+    assert needed(alpha="0" * 64) == {"face_landmarker"}
+
+
+def test_a_model_that_is_none_is_refused_before_anything_is_made(tmp_path: Path, videos: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="'nonsense' cannot be the matting model: it is not one"):
+        prepare(request(tmp_path, *videos, settings=("matte.model=nonsense",))[0], STAGES)
+    assert not (tmp_path / "data").exists()
