@@ -40,6 +40,9 @@ CHECKPOINT = "checkpoint.safetensors"
 VALIDATED_SHARE = 0.4
 MAX_VALIDATION_FRAMES = 8
 
+# What a pixel counts whose alpha is a mere guess; a sure one counts 1.
+GUESSED_WEIGHT = 0.25
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -96,9 +99,12 @@ class Trainer:
         self._kept_back = min(MAX_VALIDATION_FRAMES, self._count // 20)
         self._validated_steps = math.floor(VALIDATED_SHARE * config.steps) if self._kept_back else 0
         images, alphas, Ks = (torch.from_numpy(array).to(self.device) for array in (data.images, data.alphas, data.Ks))
-        inside = None if data.inside is None else torch.from_numpy(data.inside).to(self.device)
+        inside, confidences = (
+            None if array is None else torch.from_numpy(array).to(self.device)
+            for array in (data.inside, data.confidences)
+        )
         self._camera = data.camera
-        self._levels = [_Level(images, alphas, Ks, inside)]
+        self._levels = [_Level(images, alphas, Ks, inside, confidences)]
         if config.coarse_share > 0 and data.images.shape[1] % 2 == 0:
             self._levels.append(self._levels[0].halved())
 
@@ -120,7 +126,9 @@ class Trainer:
             render = splat(gaussians, level.Ks[camera], level.size, level.size, background, threads=self.threads)
         except ValueError as error:
             raise self._diverged(str(error)) from error
-        loss = photometric_loss(level.cut(render.image, camera, background), target, threads=self.threads)
+        loss = photometric_loss(
+            level.cut(render.image, camera, background), target, weight=level.weight(frame), threads=self.threads
+        )
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         value = loss.item()
@@ -302,7 +310,8 @@ def _shuffled(seed: int, first: int, turn: int, count: int) -> NDArray[np.int64]
 def _digest(data: TrainingData) -> str:
     """Fingerprint of the training frames and their conditions."""
     digest = hashlib.sha256()
-    for array in (data.images, data.alphas, data.Ks, data.identity, *(value.numpy() for value in data.conditions)):
+    arrays = [data.images, data.alphas, data.Ks, data.identity, *(value.numpy() for value in data.conditions)]
+    for array in [*arrays, *(part for part in (data.confidences,) if part is not None)]:
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
 
@@ -310,8 +319,10 @@ def _digest(data: TrainingData) -> str:
 class _Level:
     """The training frames at one resolution, as bytes."""
 
-    def __init__(self, images: Tensor, alphas: Tensor, Ks: Tensor, inside: Tensor | None) -> None:
-        self.images, self.alphas, self.Ks, self.inside = images, alphas, Ks, inside
+    def __init__(
+        self, images: Tensor, alphas: Tensor, Ks: Tensor, inside: Tensor | None, confidences: Tensor | None
+    ) -> None:
+        self.images, self.alphas, self.Ks, self.inside, self.confidences = images, alphas, Ks, inside, confidences
         self.size = images.shape[1]
 
     def over(self, frame: int, background: Tensor) -> Tensor:
@@ -319,6 +330,12 @@ class _Level:
         image = self.images[frame].float() / 255
         through = 1 - self.alphas[frame].float() / 255
         return image + through[..., None] * (background - 1)
+
+    def weight(self, frame: int) -> Tensor | None:
+        """[R,R] what each pixel of a frame counts in the loss; None where all count alike."""
+        if self.confidences is None:
+            return None
+        return GUESSED_WEIGHT + (1 - GUESSED_WEIGHT) / 255 * self.confidences[frame].float()
 
     def cut(self, image: Tensor, camera: int, background: Tensor) -> Tensor:
         """A camera's render [R,R,3] with the background where the frame does not reach, as in the pictures."""
@@ -340,4 +357,5 @@ class _Level:
 
         shrink = torch.diag(torch.tensor([0.5, 0.5, 1], dtype=self.Ks.dtype, device=self.Ks.device))
         inside = None if self.inside is None else torch.nn.functional.avg_pool2d(self.inside, 2)
-        return _Level(half(self.images), half(self.alphas), shrink @ self.Ks, inside)
+        confidences = None if self.confidences is None else half(self.confidences)
+        return _Level(half(self.images), half(self.alphas), shrink @ self.Ks, inside, confidences)

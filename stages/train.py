@@ -92,6 +92,7 @@ def load_data(run: StageRun, clip: Clip) -> TrainingData:
         clip.identity,
         clip.cameras[indices],
         None if inside.min() == 1 else inside,
+        crops.confidences,
     )
 
 
@@ -168,7 +169,7 @@ def finish(run: StageRun, trainer: Trainer, frames: int) -> Result:
 
 STAGE = Stage(
     name="train",
-    version=2,
+    version=3,
     inputs=("decode", "matte", "fit"),
     run=run,
     reads=("evaluate.holdout", "evaluate.min_holdout_frames"),

@@ -89,6 +89,7 @@ class TrainingData:
         conditions: n rows. identity: [S].
         Ks: [C,3,3] float64 of the cameras. cameras: [n] which of them took a frame; None where there is one.
         inside: [C,R,R] share of each pixel that lies inside the frame (`Clip.inside`); None where all does.
+        confidences: [n,R,R] uint8 how sure the alphas are; None where all are.
     """
 
     images: NDArray[np.uint8]
@@ -99,6 +100,7 @@ class TrainingData:
     identity: NDArray[np.float32]
     cameras: NDArray[np.int64] | None = None
     inside: NDArray[np.float32] | None = None
+    confidences: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -23,12 +23,13 @@ BAND = 0.014
 SURE = 0.9
 """A network's alpha from which, or below one minus which, a pixel outside the band is taken for sure."""
 CONTRAST = 0.08
-"""Distance of subject's and background's colour at which colours and network are trusted alike, for the prior's
-weight of one half: sRGB in [0, 1]."""
+"""Distance of subject's and background's colour, in [0, 1], at which they are half told apart."""
+VARIED = 20.0
+"""How much more the colours must differ where they vary: weight of the variance of their brightness."""
 MIXTURE = 0.06
 """How far a pixel may lie off the line between both colours and still be taken for a mixture of them."""
 PRIOR = 0.15
-"""Weight of the network beside colours that differ much."""
+"""Weight of the network beside colours that are told apart entirely; what they lack comes on top."""
 STRETCH = (0.1, 0.85)
 """Alphas below and above are noise of texture: 0 and 1."""
 SPREAD = 4.0
@@ -74,7 +75,9 @@ def refine(image: NDArray[np.uint8], coarse: NDArray[np.float32], plate: Plate |
     subject, background = spread(image, inside), spread(image, outside)
     if plate is not None:
         known = plate.known[..., None]
-        background = (background + known * (plate.image - background)).astype(np.float32)
+        background[..., :3] += known * (plate.image - background[..., :3])
+        # What is known pixel by pixel does not vary.
+        background[..., 3] += plate.known * (background[..., :3].mean(-1) ** 2 - background[..., 3])
     alpha, certainty = np.empty_like(coarse), np.empty_like(coarse)
     colours = np.empty_like(image)
     _solve(image, coarse, inside, outside, subject, background, alpha, certainty, colours)
@@ -90,7 +93,9 @@ def foreground(image: NDArray[np.uint8], alpha: NDArray[np.float32]) -> NDArray[
 
 
 def spread(image: NDArray[np.uint8], sure: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The picture's colours where `sure` [H, W] is 1, carried on smoothly to where it is 0: [H, W, 3], 0 to 255.
+    """The picture's colours where `sure` [H, W] is 1, carried on smoothly to where it is 0: [H, W, 4], 0 to 255.
+
+    The fourth is the mean square of their brightness, which tells how much they vary there.
 
     The pull-push of Gortler et al. 1996 ("The Lumigraph", 4.3): sums over ever larger neighbourhoods, and each pixel
     takes the finest that knows enough. It works at half size, for what it gives is smooth.
@@ -101,11 +106,12 @@ def spread(image: NDArray[np.uint8], sure: NDArray[np.uint8]) -> NDArray[np.floa
     half = (max(width // 2, 1), max(height // 2, 1))
     weighted = cv2.resize(image * sure[..., None], half, interpolation=cv2.INTER_AREA).astype(np.float32)
     weight = cv2.resize(255 * sure, half, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-    levels = [np.dstack([weighted, weight])]
+    bright = weighted.mean(-1)
+    levels = [np.dstack([weighted, bright * bright / np.maximum(weight, 1e-6), weight])]
     while min(levels[-1].shape[:2]) > 3:
         levels.append(cv2.pyrDown(levels[-1]))
     top = levels[-1]
-    known = top[..., :3] / np.maximum(top[..., 3:], 1e-6)
+    known = top[..., :4] / np.maximum(top[..., 4:], 1e-6)
     for level in reversed(levels[:-1]):
         known = cv2.pyrUp(known, dstsize=level.shape[1::-1])
         _pull(level, known)
@@ -114,14 +120,14 @@ def spread(image: NDArray[np.uint8], sure: NDArray[np.uint8]) -> NDArray[np.floa
 
 @njit(cache=True, nogil=True)
 def _pull(level: Any, known: Any) -> None:
-    """Blend what a level [h, w, 4] knows by itself into what coarser ones say [h, w, 3]."""
+    """Blend what a level [h, w, 5] knows by itself into what coarser ones say [h, w, 4]."""
     for y in range(known.shape[0]):
         for x in range(known.shape[1]):
-            weight = level[y, x, 3]
+            weight = level[y, x, 4]
             if weight <= 0:
                 continue
             share = min(SPREAD * weight, np.float32(1))
-            for c in range(3):
+            for c in range(4):
                 known[y, x, c] += share * (level[y, x, c] / weight - known[y, x, c])
 
 
@@ -153,15 +159,24 @@ def _solve(
             for c in range(3):
                 d = (image[y, x, c] - mixed * subject[y, x, c] - (1 - mixed) * background[y, x, c]) / 255
                 off += d * d
-            weight = length / (length + CONTRAST**2) * np.exp(-off / (2 * MIXTURE**2))
-            prior = coarse[y, x]
-            value = (weight * mixed + PRIOR * prior) / (weight + PRIOR)
+            doubt = CONTRAST**2 + VARIED * (_variance(subject, y, x) + _variance(background, y, x))
+            apart = length / (length + doubt)
+            weight = apart * np.exp(-off / (2 * MIXTURE**2))
+            prior, trust = coarse[y, x], PRIOR + 1 - apart
+            value = (weight * mixed + trust * prior) / (weight + trust)
             value = min(max((value - low) / (high - low), 0.0), 1.0)
             alpha[y, x] = value
             # Sure where the colours tell, where the network does, and all the more where both agree.
             told = max(weight, abs(2 * prior - 1))
             certainty[y, x] = told * (1 - abs(mixed - prior) * (1 - weight))
             _unmixed(image, subject, background, value, y, x, colours)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _variance(colours: Any, y: int, x: int) -> float:
+    """Of the brightness of what a spread colour stands for, in [0, 1]."""
+    mean = (colours[y, x, 0] + colours[y, x, 1] + colours[y, x, 2]) / 3
+    return max(colours[y, x, 3] - mean * mean, 0.0) / 255**2
 
 
 @njit(cache=True, nogil=True)
