@@ -31,8 +31,8 @@ def bench_runs(videos: Sequence[Path], preset: str) -> dict[str, Any]:
 
 def _bench_clip(video: Path, preset: str, data: Path) -> dict[str, Any]:
     command = ["run", str(video), "--data", str(data), "--preset", preset, "--json"]
-    first_seconds, peak_mb, document = _timed(command)
-    second_seconds, _, _ = _timed(command)
+    first_seconds, peak_mb, document = timed(command)
+    second_seconds, _, _ = timed(command)
     folder = data / subject_name_for(video)
     metrics = json.loads((folder / "evaluate" / "metrics.json").read_text())
     fit = json.loads((folder / "fit" / "stage.json").read_text())["metrics"]
@@ -50,7 +50,7 @@ def _bench_clip(video: Path, preset: str, data: Path) -> dict[str, Any]:
     }
 
 
-def _timed(arguments: list[str]) -> tuple[float, float, dict[str, Any]]:
+def timed(arguments: list[str]) -> tuple[float, float, dict[str, Any]]:
     """Seconds, peak resident memory in MB and JSON answer of a headcast process; progress goes to standard error."""
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "pipeline.cli", *arguments], stdout=subprocess.PIPE)

@@ -124,15 +124,18 @@ class Bench(Common):
 
     raster: the rasteriser's forward and backward pass on the three standard scenes against its torch reference and
     against the arithmetic limit, the pairs of pixels and Gaussians that it evaluates against those that contribute, the
-    photometric loss, rendering alone, and a whole training step; about a minute. run: whole runs, twice each.
+    photometric loss, rendering alone, and a whole training step; about a minute. run: whole runs, twice each. matte:
+    decode, track and matte on composites of known alpha (a synthetic subject with loose hair over footage, with noise
+    and compression), SAD, MSE, MAD, gradient error, dtSSD, IoU and flicker; a few minutes. With videos also what their
+    whole runs, kept in --data, say of the matte; of one filmed before a screen, the network's alpha against the key.
     """
 
-    what: tyro.conf.Positional[Literal["raster", "run"]] = "raster"
+    what: tyro.conf.Positional[Literal["raster", "run", "matte"]] = "raster"
     """What to measure."""
     videos: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """For run: the clips; by default the sample clip."""
+    """For run: the clips; by default the sample clip. For matte: clips beside the composites."""
     preset: Literal["quick", "standard", "best"] = "quick"
-    """For run: the budget."""
+    """For run and matte: the budget of a run."""
     threads: int | None = None
     """For raster: threads of everything; by default as many as torch takes."""
     peak_gflops: float = 456.0
@@ -398,12 +401,18 @@ def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
         reporter = default_reporter()
         document = bench(threads=command.threads, peak_gflops=command.peak_gflops, report=reporter.message)
         return document, table(document), 0
-    from pipeline import bench_run
+    from pipeline import bench_matte, bench_run
     from pipeline.assets import SAMPLE_CLIP, asset_path, ensure_assets
     from pipeline.config import Config
     from stages import STAGES
 
-    ensure_assets({name for stage in STAGES for name in stage.assets(Config())}, default_reporter())
+    needed = {name for stage in STAGES for name in stage.assets(Config())}
+    if command.what == "matte":
+        reporter = default_reporter()
+        ensure_assets(needed | set(bench_matte.GROUND_CLIPS), reporter)
+        document = bench_matte.bench(command.videos, command.preset, command.data, report=reporter.message)
+        return document, bench_matte.table(document), 0
+    ensure_assets(needed, default_reporter())
     document = bench_run.bench_runs(command.videos or (asset_path(SAMPLE_CLIP),), command.preset)
     return document, bench_run.table(document), 0
 

@@ -215,29 +215,37 @@ def _solid(seen: Floats, screen: Floats) -> NDArray[np.bool_]:
 
 
 def _subject_near(values: Floats, seen: Floats, screen: Floats, solid: NDArray[np.bool_]) -> Floats:
-    """Values [H, W, C] of the subject near by: the darker part's for pixels darker than the screen, else the lighter's.
+    """Values [H, W, 3] of the subject near by: the darker part's for pixels darker than the screen, else the lighter's.
 
-    A mixture is darker than the screen only if the subject is, as hair is beside a light face.
-    """
-    darker = seen[..., 0] < screen[..., 0]
-    dark, light = (_nearest_mean(values, solid & part) for part in (darker, ~darker))
-    return np.where(darker[..., None], dark, light)
-
-
-def _nearest_mean(values: Floats, where: NDArray[np.bool_]) -> Floats:
-    """Mean [H, W, 3] of the values there, of those near by as far as there are any, else from farther away.
-
-    Means over 9 pixels, then 40, 136 and all; taken at half and at an eighth of the size, as they are smooth.
+    A mixture is darker than the screen only if the subject is, as hair is beside a light face. The means are taken at
+    half the size, as they are smooth.
     """
     import cv2
 
-    height, width = where.shape
+    height, width = solid.shape
     half = (max(width // 2, 1), max(height // 2, 1))
-    eighth = (max(width // 8, 1), max(height // 8, 1))
-    weighted = np.dstack([values, np.ones((height, width), np.float32)]) * where[..., None]
-    fine = cv2.resize(weighted, half, interpolation=cv2.INTER_AREA)
-    coarse = cv2.resize(fine, eighth, interpolation=cv2.INTER_AREA)
-    total = cv2.blur(fine, (5, 5), borderType=cv2.BORDER_ISOLATED)
+    lighter_by = seen[..., 0] - screen[..., 0]
+    alone, lighter = (
+        cv2.resize(plane, half, interpolation=cv2.INTER_AREA) for plane in (solid.astype(np.float32), lighter_by)
+    )
+    small = np.dstack([cv2.resize(values, half, interpolation=cv2.INTER_AREA), np.ones_like(alone)])
+    dark, light = (
+        cv2.resize(_nearest_mean(small * part[..., None]), (width, height))
+        for part in ((alone > 0.99) & (lighter < 0), (alone > 0.99) & (lighter >= 0))
+    )
+    return np.where(lighter_by[..., None] < 0, dark, light)
+
+
+def _nearest_mean(weighted: Floats) -> Floats:
+    """Mean [h, w, 3] of values, each times its weight [h, w, 4]: of those near by, else of those farther away.
+
+    Means over 5 pixels, then over 20, 68 and all, which are taken at a quarter of the size.
+    """
+    import cv2
+
+    height, width = weighted.shape[:2]
+    coarse = cv2.resize(weighted, (max(width // 4, 1), max(height // 4, 1)), interpolation=cv2.INTER_AREA)
     wide = sum(s * cv2.blur(coarse, (n, n), borderType=cv2.BORDER_ISOLATED) for n, s in ((5, 0.03), (17, 1e-3)))
-    total += cv2.resize(wide, half) + 1e-6 * coarse.mean((0, 1))
-    return np.asarray(cv2.resize(total[..., :3] / np.maximum(total[..., 3:], 1e-12), (width, height)), np.float32)
+    total = cv2.blur(weighted, (5, 5), borderType=cv2.BORDER_ISOLATED) + cv2.resize(wide, (width, height))
+    total += 1e-6 * coarse.mean((0, 1))
+    return np.asarray(total[..., :3] / np.maximum(total[..., 3:], 1e-12), np.float32)

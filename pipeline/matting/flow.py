@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,9 +53,15 @@ def warp(alpha: NDArray[Any], flow: NDArray[np.float32]) -> NDArray[Any]:
 
     height, width = alpha.shape
     scale = np.array([width / flow.shape[1], height / flow.shape[0]], np.float32)
-    offsets = cv2.resize(flow, (width, height)) * scale
-    at = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32) + offsets
+    at = cv2.resize(flow * scale, (width, height))
+    at += _pixels(width, height)
     return np.asarray(cv2.remap(alpha, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
+
+
+@functools.lru_cache(maxsize=4)
+def _pixels(width: int, height: int) -> NDArray[np.float32]:
+    """[H, W, 2] column and row of each pixel."""
+    return np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
 
 
 def carry(source: NDArray[np.uint8], target: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ from pipeline.errors import HeadcastError
 from pipeline.geometry import project_points, transform_points
 from pipeline.heads import load_head
 from pipeline.mesh_render import silhouette
-from pipeline.synthetic import SyntheticClip, default_intrinsics, make_clip, render_head, write_frames
+from pipeline.synthetic import SyntheticClip, default_intrinsics, grow_hair, make_clip, render_head, write_frames
 
 WIDTH, HEIGHT = 272, 208
 
@@ -109,6 +109,46 @@ def test_more_samples_only_smooth_the_picture() -> None:
     assert coarse.shape == (128, 96, 3)
     assert np.abs(coarse - fine).mean() < 0.01
     assert np.abs(coarse.mean(axis=(0, 1)) - fine.mean(axis=(0, 1))).max() < 2e-3
+
+
+def test_hair_over_black_and_white_is_consistent_with_its_alpha() -> None:
+    """What a second background shows more is what the alpha leaves; most strands cover a pixel in part."""
+    head = load_head("anny")
+    T_cam_head = np.diag([1.0, -1, -1, 1])
+    T_cam_head[2, 3] = 0.8
+    K = default_intrinsics(160, 160)
+    hair = grow_hair(head, head.template, 60, np.random.default_rng(0))
+
+    def drawn(background: float, strands: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        return render_head(head, head.template, T_cam_head, K, 160, 160, None, background, 4, hair if strands else None)
+
+    (black, alpha), (white, again), (_, bald) = drawn(0.0), drawn(1.0), drawn(0.0, strands=False)
+    np.testing.assert_array_equal(alpha, again)
+    np.testing.assert_allclose(white - black, np.repeat(1 - alpha[..., None], 3, axis=-1), atol=1e-6)
+    assert (alpha >= bald).all()
+    new = alpha > bald
+    assert 300 < new.sum() < 0.1 * alpha.size
+    assert ((alpha > 0.1) & (alpha < 0.9))[new].mean() > 0.6
+    colours = black[new & (bald == 0)] / alpha[new & (bald == 0)][:, None]
+    assert colours.max() < 0.4, "hair is dark"
+
+
+def test_hair_moves_with_the_head_and_leaves_the_rest_as_it_is() -> None:
+    bald, hairy = (make_clip(2, 96, 96, seed=5, hair=count, supersample=4) for count in (0, 80))
+    np.testing.assert_array_equal(bald.landmarks, hairy.landmarks)
+    untouched = hairy.alpha == bald.alpha
+    outside = untouched & (bald.alpha == 0)
+    np.testing.assert_array_equal(hairy.images[outside], bald.images[outside])
+    assert (hairy.alpha - bald.alpha).sum((1, 2)).min() > 20
+    # Its root on the scalp takes each strand along: it covers what it did, moved as the head.
+    first, last = hairy.Ts_cam_head[0], hairy.Ts_cam_head[1]
+    moved = project_points(transform_points(last, np.array([[0, 0.15, 0.0]])), hairy.K) - project_points(
+        transform_points(first, np.array([[0, 0.15, 0.0]])), hairy.K
+    )
+    assert np.abs(moved).max() < 3
+    rows, columns = np.nonzero(~untouched[1])
+    there = np.stack([rows, columns], 1).mean(0) - np.stack(np.nonzero(~untouched[0]), 1).mean(0)
+    np.testing.assert_allclose(there[::-1], moved[0], atol=0.7)
 
 
 def test_frames_are_written_as_they_are(tmp_path: Path) -> None:
