@@ -193,7 +193,7 @@ def _split(there: Mask, image: Image, away: Floats, others: list[NDArray[np.floa
     lead = theirs - away
     markers = np.where(lead > SEAM, 1, np.where(lead < -SEAM, 2, 0)).astype(np.int32)
     markers[~there] = 3
-    seam = cv2.watershed(cv2.medianBlur(image, 5), markers)
+    seam = cv2.watershed(image, markers)
     return (seam == 1) | ((seam == -1) & (lead > 0))
 
 
