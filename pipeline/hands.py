@@ -1,8 +1,8 @@
 """Hands near the face: MediaPipe's hand landmarks on a crop around it, carried over the frames between.
 
 The palm detector needs to see a palm of some size with something below it: the crop is a few faces wide, and where it
-leaves the picture the border is repeated. It still misses a hand now and then, so that a hand seen before and after is
-taken to have been there between.
+leaves the picture the border is repeated. It still misses a hand now and then, and now and then takes a chin for one: a
+hand has to be seen twice within a moment, and is taken to have been there between.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_HANDS = 2
 LOOK_EVERY = 3
 """Frames from one look for hands to the next."""
 BRIDGE_SECONDS = 0.7
-"""A hand that is missed for no longer was there all the time."""
+"""Two looks this near each other that show a hand make it sure, and it was there between them."""
 
 
 class HandFinder:
@@ -107,19 +107,29 @@ def bridge_hands(
         times: [T] seconds.
         present: [T] frames that may show hands; all others get none.
     """
-    seen = sorted(index for index, hands in looks.items() if hands)
+    order = sorted(looks)
+
+    def near(index: int) -> list[int]:
+        return [other for other in order if other != index and abs(times[other] - times[index]) <= BRIDGE_SECONDS]
+
+    # What is seen in one look only is no hand: a chin passes for one now and then.
+    sure = {
+        index: [
+            hand for hand in looks[index] if any(_same_hand(hand, looks[other]) is not None for other in near(index))
+        ]
+        for index in order
+    }
     frames: list[list[Hand]] = [[] for _ in times]
-    for place, index in enumerate(seen):
-        frames[index] += looks[index]
-        after = [other for other in seen[place + 1 :] if times[other] - times[index] <= BRIDGE_SECONDS]
-        for hand in looks[index]:
-            link = next(((other, to) for other in after if (to := _same_hand(hand, looks[other])) is not None), None)
-            for between in range(index + 1, link[0] if link else min(index + LOOK_EVERY, len(times))):
-                share = (times[between] - times[index]) / (times[link[0]] - times[index]) if link else 0.0
-                frames[between].append(((1 - share) * hand + share * (link[1] if link else hand)).astype(np.float32))
-        before = [other for other in seen[:place] if times[index] - times[other] <= BRIDGE_SECONDS]
-        for hand in looks[index]:
-            if not any(_same_hand(hand, looks[other]) is not None for other in before):
+    for index in order:
+        frames[index] += sure[index]
+        for hand in sure[index]:
+            linked = [(other, to) for other in near(index) if (to := _same_hand(hand, sure[other])) is not None]
+            after = next(((other, to) for other, to in linked if other > index), None)
+            end, goal = after or (min(index + LOOK_EVERY, len(times)), hand)
+            for between in range(index + 1, end):
+                share = (times[between] - times[index]) / (times[min(end, len(times) - 1)] - times[index])
+                frames[between].append(((1 - share) * hand + share * goal).astype(np.float32))
+            if not any(other < index for other, _ in linked):
                 for between in range(max(0, index - LOOK_EVERY + 1), index):
                     frames[between].append(hand)
     frames = [hands if there else [] for hands, there in zip(frames, present, strict=True)]

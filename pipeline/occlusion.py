@@ -25,7 +25,7 @@ EXPECTED_DEPARTURE = 15.0
 """Grey values that light and expression may change beyond the prediction."""
 MIN_STRETCH = 0.3
 """A triangle seen at less than this share of its usual area is turned away, and its texels are not judged."""
-LEAST_PATCH = 0.02
+LEAST_PATCH = 0.04
 """Share of the judged face that a patch must have to be a cover; what is smaller is a shadow, a fold, a highlight."""
 STAY_FRAMES = 2
 """Frames before and after, most of which must show a patch too."""

@@ -77,6 +77,8 @@ class Subject:
     """Shots that show faces, but not the subject's."""
     doubted: list[int] = field(default_factory=list)
     """Shots in which the face that was taken may be somebody else's."""
+    mirrored: list[int] = field(default_factory=list)
+    """Frames that show another face which copies the subject's, as a mirror does."""
 
 
 def track(run: StageRun) -> Result:
@@ -101,6 +103,7 @@ def track(run: StageRun) -> Result:
     if not tracks:
         raise _no_face(run, frames, sum(bool(faces) for faces in seen))
     subject = _find_subject(run, frames, tracks)
+    subject.mirrored = mirrored_frames(subject.faces, tracks, names)
     arrays = _arrays(frames, subject.faces, names, config)
     arrays["others"] = other_boxes(seen, subject.faces, tracks)
     arrays["hands"] = _find_hands(run, frames, arrays)
@@ -490,6 +493,22 @@ def _arrays(frames: FrameSet, faces: dict[int, Face], names: tuple[str, ...], co
     }
 
 
+def mirrored_frames(subject: dict[int, Face], tracks: list[Track], names: tuple[str, ...]) -> list[int]:
+    """Frames, in order, with a face beside the subject's that moves as the subject does, left and right exchanged."""
+    from pipeline.matting.people import MIRROR_LIKENESS, mirror_likeness
+
+    frames: set[int] = set()
+    for one in tracks:
+        both = sorted(index for index, face in one.faces.items() if subject.get(index, face) is not face)
+        if not both:
+            continue
+        scores = [np.stack([faces[index].scores for index in both]) for faces in (subject, one.faces)]
+        turns = [np.stack([faces[index].pose[:3, :3] for index in both]) for faces in (subject, one.faces)]
+        if mirror_likeness(scores[0], turns[0], scores[1], turns[1], names) > MIRROR_LIKENESS:
+            frames.update(both)
+    return sorted(frames)
+
+
 def other_boxes(seen: list[list[Face]], subject: dict[int, Face], tracks: list[Track]) -> NDArray[np.float32]:
     """Boxes [T, P, 4] (x0, y0, x1, y1) of the faces that are not the subject's; NaN where there are fewer than P.
 
@@ -695,6 +714,8 @@ def _result(frames: FrameSet, arrays: dict[str, Any], subject: Subject, faces: i
         "people": len(subject.people),
         "chosen_by": subject.how,
         "recognition": subject.recognizer or None,
+        "mirrored": len(subject.mirrored),
+        "hands": int(np.isfinite(arrays["hands"]).any(axis=(1, 2, 3)).sum()),
         "shots": shots,
         "shots_with_subject": len(shown),
         "face_width_px": round(width, 1),
@@ -718,6 +739,9 @@ def _told(frames: FrameSet, subject: Subject) -> list[str]:
         parts.append(f"{numbered}: {taken}, {how}" + ("; choose with --person" if subject.how == "longest" else ""))
     elif subject.how == "photograph":
         parts.append("the person was told by the photograph")
+    if subject.mirrored:
+        flags = np.isin(np.arange(len(frames)), subject.mirrored)
+        parts.append(f"a mirror? a face copies the subject's in {ranges_text(flags)}; it counts as another person")
     by = f"by {subject.recognizer}" if subject.recognizer else "by colours and proportions alone"
     if subject.ranked:
         parts.append(f"of several faces in {counted(len(subject.ranked), 'shot')} the one most alike was taken, {by}")
