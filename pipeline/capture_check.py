@@ -44,7 +44,7 @@ from pipeline.faces import Detector, Face
 from pipeline.finding import Finding
 from pipeline.frames import counted
 from pipeline.heads import EXPRESSIONS
-from pipeline.occlusion import covered_share, flat_face, sample_face
+from pipeline.occlusion import covered_share, departures, flat_face, sample_face
 from pipeline.picture_quality import (
     BLACK_LUMA,
     CUT_CHANGE,
@@ -421,9 +421,9 @@ def _cover(seen: list[View]) -> Iterator[Finding]:
     frontal = np.einsum("tji,tlj->tli", rotations, (landmarks - landmarks.mean(axis=1, keepdims=True)) * flip) * flip
     frontal /= np.linalg.norm(frontal, axis=(1, 2), keepdims=True)
     layout = flat_face(np.median(frontal, axis=0))
-    values, visible = zip(*(sample_face(view.patch, view.points, layout) for view in seen), strict=True)
+    values, visible = map(np.stack, zip(*(sample_face(view.patch, view.points, layout) for view in seen), strict=True))
     scores = np.stack([view.face.scores for view in seen])
-    share = covered_share(np.stack(values), np.stack(visible), layout, scores, rotations)
+    share = covered_share(departures(values, visible, layout, scores, rotations), visible)
     covered = int((share > COVERED_SHARE).sum())
     if covered:
         many = covered / len(seen) > MAX_OCCLUDED

@@ -46,6 +46,7 @@ EYELIDS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[int, int]]] = {
 }
 LIDS_OPEN, LIDS_CLOSED = 0.85, 0.17  # gap, in units of the usual one, from which lids begin to close, and are closed
 UNUSABLE_WEIGHT = 0.05  # of a frame that is occluded, blurred or partly outside the picture
+COVERED_WEIGHT = 0.05  # of a landmark that something lies over, beside its frame's
 
 # Expected errors ("standard deviations") of what is measured, and of what the priors say. Lengths in metres.
 DETECTION_M = 0.5e-3  # a landmark's error besides what its embedding wanders
@@ -207,6 +208,8 @@ class Observations:
     """[C, 2] width and height of each clip's picture."""
     focal_priors_px: Floats
     """[C] expected focal lengths."""
+    covered: NDArray[np.bool_] | None = None
+    """[T, L] landmarks that something lies over, so that the detector guessed them; none if None."""
 
     @classmethod
     def of(
@@ -221,6 +224,7 @@ class Observations:
         focal_ratio: float,
         shots: NDArray[np.int64] | None = None,
         clips: NDArray[np.int64] | None = None,
+        covered: NDArray[np.bool_] | None = None,
     ) -> Observations:
         """A subject's frames as a fit sees them.
 
@@ -234,6 +238,7 @@ class Observations:
             sizes: [C, 2] width and height of each clip's picture.
             focal_ratio: expected focal length in units of the longer side.
             shots, clips: [T] each frame's; one shot of one clip if None.
+            covered: [T, L] landmarks that something lies over; none if None.
         """
         usable = usable & detected
         shots = np.zeros(len(times), np.int64) if shots is None else shots
@@ -255,8 +260,16 @@ class Observations:
             at = times[seen] if len(seen) else times[:1]
             guess[rows] = np.stack([np.interp(times[rows], at, column) for column in known.T], 1)
         weights = np.where(usable, 1.0, np.where(detected, UNUSABLE_WEIGHT, 0.0))
-        return cls(
-            times, shots, clips, landmarks, guess, sigma, weights, sizes.astype(np.float64), focal_ratio * sizes.max(1)
+        pixels, focals = sizes.astype(np.float64), focal_ratio * sizes.max(1)
+        return cls(times, shots, clips, landmarks, guess, sigma, weights, pixels, focals, covered)
+
+    def trust(self, frames: NDArray[np.int64] | slice, landmarks: NDArray[np.bool_]) -> Floats:
+        """[n, M] weight of each of the chosen `landmarks` [L] in these frames."""
+        weights = np.repeat(self.weights[frames, None], int(landmarks.sum()), 1)
+        return (
+            weights
+            if self.covered is None
+            else weights * np.where(self.covered[frames][:, landmarks], COVERED_WEIGHT, 1)
         )
 
     @property
@@ -479,7 +492,7 @@ class _FaceResiduals:
     residuals: Floats
     """[n, M, 3] whitened."""
     whitening: Floats
-    """[n, M, 3] one over the expected error in pixels, times the root of the frame's weight."""
+    """[n, M, 3] one over the expected error in pixels, times the root of the landmark's weight."""
     turned: Floats
     cam: Floats
     """[n, M, 3] landmarks with the camera's axes, about the head's origin and about the camera."""
@@ -498,15 +511,15 @@ def _face_residuals(
     px_per_m = focal / state.translations[frames, 2]
     error_m = np.broadcast_to(NOISE_SHARE * head.error_m[face, None], (*cam.shape[1:2], 3)).copy()
     error_m[:, 2] = DEPTH_M
-    trust = np.sqrt(observations.weights[frames])
-    whitening = (trust / px_per_m)[:, None, None] / error_m
-    seen = np.where(trust[:, None, None] > 0, observations.landmarks[frames][:, face], head.mean[face])
+    trust = np.sqrt(observations.trust(frames, face))[..., None]
+    whitening = trust / px_per_m[:, None, None] / error_m
+    seen = np.where(trust > 0, observations.landmarks[frames][:, face], head.mean[face])
     residuals = np.empty_like(cam)
     projected = focal[:, None, None] * cam[..., :2] / cam[..., 2:] + observations.centres[frames, None]
     residuals[..., :2] = projected - seen[..., :2]
     depth = px_per_m[:, None] * turned[..., 2] - seen[..., 2] / state.depth_scale
     residuals[..., 2] = _without_plane(depth, seen)
-    residuals = np.where(trust[:, None, None] > 0, residuals * whitening, 0)
+    residuals = np.where(trust > 0, residuals * whitening, 0)
     return _FaceResiduals(residuals, whitening, turned, cam, px_per_m)
 
 
@@ -944,7 +957,9 @@ def _step_gaze(head: LandmarkHead, observations: Observations, state: FitState) 
     """
     T = len(observations.times)
     blink = state.expression[:, list(head.blink)]
-    trust = np.sqrt(observations.weights[:, None] * np.square(1 - blink).clip(0.01, 1))
+    irises = [head.eye == eye for eye in range(2)]
+    given = np.stack([observations.trust(slice(None), iris).mean(1) for iris in irises], 1)
+    trust = np.sqrt(given * np.square(1 - blink).clip(0.01, 1))
     focal = state.focals(observations, np.arange(T))
     px_per_m = focal / state.translations[:, 2]
     points = head.points(state.identity, state.offsets, np.zeros((1, len(head.expression))))[0]
@@ -954,8 +969,7 @@ def _step_gaze(head: LandmarkHead, observations: Observations, state: FitState) 
 
     H, g = np.zeros((T, 4, 4)), np.zeros((T, 4))
     offsets = state.offsets.copy()
-    for eye in range(2):
-        iris = head.eye == eye
+    for eye, iris in enumerate(irises):
         turned = np.einsum("tij,lj->tli", rotvec_to_matrix(state.eyes[:, eye]), points[iris] - centres[eye])
         R, cam = state.rotations, (centres[eye] + turned) @ np.swapaxes(state.rotations, 1, 2)
         cam = cam + state.translations[:, None]

@@ -25,6 +25,10 @@ EXPECTED_DEPARTURE = 15.0
 """Grey values that light and expression may change beyond the prediction."""
 MIN_STRETCH = 0.3
 """A triangle seen at less than this share of its usual area is turned away, and its texels are not judged."""
+LEAST_PATCH = 0.04
+"""Share of the judged face that a patch must have to be a cover; what is smaller is a shadow, a fold, a highlight."""
+STAY_FRAMES = 2
+"""Frames before and after, most of which must show a patch too."""
 
 LEFT_EYE = (249, 263, 362, 373, 374, 380, 381, 382, 384, 385, 386, 387, 388, 390, 398, 466)
 RIGHT_EYE = (7, 33, 133, 144, 145, 153, 154, 155, 157, 158, 159, 160, 161, 163, 173, 246)
@@ -46,6 +50,10 @@ class FlatFace:
     """[F, 3] landmarks of the triangles."""
     areas: NDArray[np.float64]
     """[F] their signed areas in the layout."""
+    points: NDArray[np.float64]
+    """[478, 2] the landmarks in the layout, in texels."""
+    judged: NDArray[np.bool_]
+    """[478] landmarks that lie among the texels."""
 
 
 def flat_face(landmarks: NDArray[np.floating]) -> FlatFace:
@@ -71,9 +79,15 @@ def flat_face(landmarks: NDArray[np.floating]) -> FlatFace:
     first_two = np.einsum("pij,pj->pi", affine[:, :2], grid[chosen] - affine[:, 2])
     weights = np.concatenate([first_two, 1 - first_two.sum(axis=1, keepdims=True)], axis=1)
     triangles = mesh.simplices.astype(np.int64)
-    return FlatFace(
-        triangles[triangle[chosen]], weights, chosen, triangle[chosen], triangles, _areas(points, triangles)
-    )
+    areas = _areas(points, triangles)
+    judged = np.isin(points.round().astype(np.int64) @ [1, GRID], chosen)
+    return FlatFace(triangles[triangle[chosen]], weights, chosen, triangle[chosen], triangles, areas, points, judged)
+
+
+def texel_places(landmarks: NDArray[np.floating], layout: FlatFace) -> NDArray[np.float64]:
+    """Where each texel [P, 2] is in a frame with these landmarks [478, 2 or 3], in pixels."""
+    points = landmarks[:, :2].astype(np.float64)
+    return np.asarray(np.einsum("pk,pkc->pc", layout.weights, points[layout.corners]), np.float64)
 
 
 def sample_face(
@@ -90,7 +104,7 @@ def sample_face(
 
     points = landmarks[:, :2].astype(np.float64)
     texel_px = float(np.ptp(points, axis=0).max() / GRID)
-    at = np.einsum("pk,pkc->pc", layout.weights, points[layout.corners])
+    at = texel_places(landmarks, layout)
     height, width = grey.shape
     inside = ((at >= 0) & (at < [width, height])).all(axis=1)
     size = max(1, round(texel_px))
@@ -102,14 +116,21 @@ def sample_face(
     return values[0].astype(np.float32), inside & (stretch[layout.triangle] > MIN_STRETCH)
 
 
-def covered_share(
+def shown_in(mask: NDArray[np.uint8], places: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Whether each place [N, 2] in pixels lies in the picture where the mask [H, W] is set."""
+    x, y = np.nan_to_num(places, nan=-1).clip(-1, max(mask.shape)).astype(np.int64).T
+    inside = (places >= 0).all(axis=1) & (x < mask.shape[1]) & (y < mask.shape[0])
+    return np.asarray(inside & (mask[np.where(inside, y, 0), np.where(inside, x, 0)] > 0), np.bool_)
+
+
+def departures(
     values: NDArray[np.float32],
     visible: NDArray[np.bool_],
     layout: FlatFace,
     expressions: NDArray[np.floating],
     rotations: NDArray[np.floating],
-) -> NDArray[np.float64]:
-    """Share of the face below the eyes, 0 to 1, that looks otherwise than the clip leads to expect, a number a frame.
+) -> NDArray[np.bool_]:
+    """Texels [T, P] that look otherwise than the clip leads to expect.
 
     Each texel's brightness is fitted over time by pose and by the main modes of expression, with Cauchy weights and a
     small ridge; the whole frame's brightness is divided out first.
@@ -154,8 +175,44 @@ def covered_share(
         total, seen = (cv2.blur(grid.reshape(GRID, GRID), (5, 5)).ravel()[layout.texels] for grid in grids)
         departure[frame] = total / np.maximum(seen, 0.2)
     limit = np.maximum(EXPECTED_DEPARTURE, 3 * np.median(departure, axis=0))
-    counted = np.maximum(visible.sum(axis=1), values.shape[1] / 2)
-    return np.asarray(((departure > limit) & visible).sum(axis=1) / counted, np.float64)
+    return np.asarray((departure > limit) & visible, np.bool_)
+
+
+def covered_share(departing: NDArray[np.bool_], visible: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Share of the face below the eyes that looks otherwise than expected, 0 to 1, a number a frame [T].
+
+    Args:
+        departing: [T, P] from `departures`.
+        visible: [T, P] texels that count.
+    """
+    counted = np.maximum(visible.sum(axis=1), visible.shape[1] / 2)
+    return np.asarray(departing.sum(axis=1) / counted, np.float64)
+
+
+def covered_landmarks(departing: NDArray[np.bool_], layout: FlatFace) -> NDArray[np.bool_]:
+    """Landmarks [T, 478] that something lies over: those on patches of departing texels that are large and stay.
+
+    Landmarks that are not judged, above the eyes and at the sides, are never among them.
+
+    Args:
+        departing: [T, P] from `departures`, of successive frames.
+        layout: the flat face.
+    """
+    import cv2
+
+    frames = len(departing)
+    covered = np.zeros((frames, len(layout.points)), bool)
+    x, y = layout.points.round().astype(np.int64).T
+    least = LEAST_PATCH * len(layout.texels)
+    for frame in np.flatnonzero(departing.sum(axis=1) >= least):
+        near = departing[max(0, frame - STAY_FRAMES) : frame + STAY_FRAMES + 1]
+        grid = np.zeros(GRID * GRID, np.uint8)
+        grid[layout.texels] = near.mean(axis=0) > 0.5
+        solid = cv2.morphologyEx(grid.reshape(GRID, GRID), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(solid, connectivity=8)
+        large = np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= least) + 1
+        covered[frame] = np.isin(labels, large)[y, x] & layout.judged
+    return covered
 
 
 def _areas(points: NDArray[np.float64], triangles: NDArray[np.int64]) -> NDArray[np.float64]:

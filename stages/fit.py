@@ -45,6 +45,8 @@ class _Track:
     usable: NDArray[np.bool_]
     flags: dict[str, NDArray[np.bool_]]
     """Why a frame is trusted less, by the words for it."""
+    covered: NDArray[np.bool_]
+    """[T, L] landmarks that something lies over."""
 
     @property
     def clear(self) -> NDArray[np.bool_]:
@@ -90,6 +92,7 @@ def fit(run: StageRun) -> Result:
         settings.focal_prior,
         frames.shots,
         np.unique(frames.clips, return_inverse=True)[1],
+        track.covered,
     )
     landmark_head = reduce_to_landmarks(head)
     checkpoint = run.scratch / CHECKPOINT
@@ -140,7 +143,9 @@ def _read_track(run: StageRun, head: HeadModel, count: int) -> _Track:
             landmarks, scores = file["landmarks_raw"].astype(np.float64), file["blendshapes"].astype(np.float64)
             detected, usable = file["detected"].astype(bool), file["usable"].astype(bool)
             flags = {name: file[name].astype(bool) for name in FLAGS if name in file}
+            covered = file["covered"].astype(bool)
         fits = landmarks.shape == (count, len(head.landmark_faces), 3) and scores.shape == (count, len(names))
+        fits = fits and covered.shape == landmarks.shape[:2]
         if not fits or any(flag.shape != (count,) for flag in (detected, usable, *flags.values())):
             raise ValueError("its arrays do not have the shapes of this clip")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -152,7 +157,7 @@ def _read_track(run: StageRun, head: HeadModel, count: int) -> _Track:
     reasons = {words: flags.get(name, np.zeros(count, bool)) & detected for name, words in FLAGS.items()}
     known = np.any(list(reasons.values()), axis=0)
     reasons = {"no face": ~detected, **reasons, "not trusted": detected & ~usable & ~known}
-    return _Track(landmarks, np.stack(ordered, 1), detected, usable, reasons)
+    return _Track(landmarks, np.stack(ordered, 1), detected, usable, reasons, covered)
 
 
 def _reasons(track: _Track) -> str:
@@ -429,10 +434,11 @@ def _result(fitted: _Fitted, crops: list[tuple[int, int, int]], seconds: dict[st
     import numpy as np
 
     from pipeline.fitting import head_angles
+    from pipeline.frames import ranges_text
 
     frames, track, state = fitted.frames, fitted.track, fitted.state
     usable, total = int(track.usable.sum()), len(frames)
-    errors, x = fitted.errors[track.usable], track.landmarks[track.usable, :, 0]
+    errors, x = fitted.errors[track.usable[:, None] & ~track.covered], track.landmarks[track.usable, :, 0]
     median, p95 = (round(float(np.percentile(errors, q)), 3) for q in (50, 95))
     width = float(np.median(x.max(1) - x.min(1)))
 
@@ -448,6 +454,8 @@ def _result(fitted: _Fitted, crops: list[tuple[int, int, int]], seconds: dict[st
     if shots > 1:
         clips = len(fitted.observations.sizes)
         parts[-1] += f" of {shots} shots" + (f" of {clips} clips" if clips > 1 else "")
+    if (partly := track.usable & track.covered.any(1)).any():
+        parts.append(f"landmarks that something covers count little: {ranges_text(partly)}")
     if reasons := _reasons(track):
         parts.append(f"down-weighted and carried through by their neighbours: {reasons}")
     least_yaw = float(np.degrees(np.abs(head_angles(state.rotations[track.usable])[:, 0]).min()))
@@ -510,7 +518,7 @@ def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int3
 
 STAGE = Stage(
     "fit",
-    8,
+    9,
     ("decode", "track"),
     fit,
     description="camera, head shape, poses and expressions",

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.advice import BLUR_SHARE
-from pipeline.assets import FACE_LANDMARKER, asset_path
+from pipeline.assets import FACE_LANDMARKER, HAND_LANDMARK, PALM_DETECTION, asset_path
 from pipeline.config import TrackConfig
 from pipeline.dataset import write_atomic
 from pipeline.errors import StageError
@@ -77,6 +77,8 @@ class Subject:
     """Shots that show faces, but not the subject's."""
     doubted: list[int] = field(default_factory=list)
     """Shots in which the face that was taken may be somebody else's."""
+    mirrored: list[int] = field(default_factory=list)
+    """Frames that show another face which copies the subject's, as a mirror does."""
 
 
 def track(run: StageRun) -> Result:
@@ -101,7 +103,10 @@ def track(run: StageRun) -> Result:
     if not tracks:
         raise _no_face(run, frames, sum(bool(faces) for faces in seen))
     subject = _find_subject(run, frames, tracks)
+    subject.mirrored = mirrored_frames(subject.faces, tracks, names)
     arrays = _arrays(frames, subject.faces, names, config)
+    arrays["others"] = other_boxes(seen, subject.faces, tracks)
+    arrays["hands"] = _find_hands(run, frames, arrays)
     _judge(run, frames, arrays)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -488,11 +493,78 @@ def _arrays(frames: FrameSet, faces: dict[int, Face], names: tuple[str, ...], co
     }
 
 
+def mirrored_frames(subject: dict[int, Face], tracks: list[Track], names: tuple[str, ...]) -> list[int]:
+    """Frames, in order, with a face beside the subject's that moves as the subject does, left and right exchanged."""
+    from pipeline.matting.people import MIRROR_LIKENESS, mirror_likeness
+
+    frames: set[int] = set()
+    for one in tracks:
+        both = sorted(index for index, face in one.faces.items() if subject.get(index, face) is not face)
+        if not both:
+            continue
+        scores = [np.stack([faces[index].scores for index in both]) for faces in (subject, one.faces)]
+        turns = [np.stack([faces[index].pose[:3, :3] for index in both]) for faces in (subject, one.faces)]
+        if mirror_likeness(scores[0], turns[0], scores[1], turns[1], names) > MIRROR_LIKENESS:
+            frames.update(both)
+    return sorted(frames)
+
+
+def other_boxes(seen: list[list[Face]], subject: dict[int, Face], tracks: list[Track]) -> NDArray[np.float32]:
+    """Boxes [T, P, 4] (x0, y0, x1, y1) of the faces that are not the subject's; NaN where there are fewer than P.
+
+    Args:
+        seen: the faces of each frame.
+        subject: the subject's by frame.
+        tracks: the faces that are there long enough; a glimpse of one is none.
+    """
+    kept = {id(face) for one in tracks for face in one.faces.values()}
+    others = [
+        [face.box for face in faces if face is not subject.get(index) and id(face) in kept]
+        for index, faces in enumerate(seen)
+    ]
+    boxes = np.full((len(seen), max(map(len, others)), 4), np.nan, np.float32)
+    for index, found in enumerate(others):
+        for number, box in enumerate(found):
+            boxes[index, number] = box
+    return boxes
+
+
+def _find_hands(run: StageRun, frames: FrameSet, arrays: dict[str, Any]) -> NDArray[np.float32]:
+    """Hands near the face [T, N, 21, 2], looked for in every few frames and carried to those between."""
+    from pipeline.hands import LOOK_EVERY, HandFinder, bridge_hands, joined
+
+    detected, boxes = arrays["detected"], arrays["boxes"]
+    models = (asset_path(name, fetch=False) for name in (PALM_DETECTION, HAND_LANDMARK))
+    parts = []
+    with (
+        HandFinder(*models) as finder,
+        run.reporter.task("track: hands", len(frames), "frames") as task,
+    ):
+        for first, last in _ranges(frames.shots):
+            looks = {}
+            for index in range(first, last):
+                if detected[index] and (index - first) % LOOK_EVERY == 0:
+                    run.check_stop()
+                    looks[index - first] = finder.find(frames.picture(index), boxes[index])
+            parts.append(bridge_hands(looks, frames.times[first:last], detected[first:last]))
+            task.advance(last - first)
+    return joined(parts)
+
+
 def _judge(run: StageRun, frames: FrameSet, arrays: dict[str, Any]) -> None:
-    """Add the flags: occluded, off-frame, blurred, usable; and the confidence."""
+    """Add what is covered, the flags (occluded, off-frame, blurred, usable) and the confidence."""
     import cv2
 
-    from pipeline.occlusion import covered_share, flat_face, sample_face
+    from pipeline.matting.occluders import hand_pixels
+    from pipeline.occlusion import (
+        covered_landmarks,
+        covered_share,
+        departures,
+        flat_face,
+        sample_face,
+        shown_in,
+        texel_places,
+    )
 
     detected, landmarks = arrays["detected"], arrays["landmarks"]
     oval = landmarks[:, FACE_OVAL, :2]
@@ -505,13 +577,18 @@ def _judge(run: StageRun, frames: FrameSet, arrays: dict[str, Any]) -> None:
     frontal /= np.linalg.norm(frontal, axis=(1, 2), keepdims=True)
     layout = flat_face(np.median(frontal[detected], axis=0))
     values = np.zeros((len(frames), len(layout.texels)), np.float32)
-    visible = np.zeros(values.shape, bool)
+    visible, in_hand = np.zeros(values.shape, bool), np.zeros(values.shape, bool)
+    behind = np.zeros((len(frames), LANDMARKS), bool)
     detail = np.zeros(len(frames))
     for index in np.flatnonzero(detected):
         run.check_stop()
         grey = cv2.cvtColor(frames.picture(int(index)), cv2.COLOR_RGB2GRAY)
         values[index], visible[index] = sample_face(grey, landmarks[index], layout)
         detail[index] = face_detail(grey, arrays["boxes"][index])
+        hands = hand_pixels(arrays["hands"][index], grey.shape)
+        in_hand[index] = shown_in(hands, texel_places(landmarks[index], layout)) & visible[index]
+        behind[index] = shown_in(hands, landmarks[index, :, :2])
+    arrays["covered"] = behind
     covered = np.zeros(len(frames))
     occluded = np.zeros(len(frames), bool)
     for first, last in _ranges(frames.shots):
@@ -519,7 +596,9 @@ def _judge(run: StageRun, frames: FrameSet, arrays: dict[str, Any]) -> None:
         seen = first + np.flatnonzero(detected[first:last])
         if not len(seen):
             continue
-        covered[seen] = covered_share(values[seen], visible[seen], layout, arrays["blendshapes"][seen], rotations[seen])
+        odd = departures(values[seen], visible[seen], layout, arrays["blendshapes"][seen], rotations[seen])
+        covered[seen] = covered_share(odd | in_hand[seen], visible[seen])
+        behind[seen] |= covered_landmarks(odd | in_hand[seen], layout)
         shot = covered[first:last]
         # A few odd frames are not an occlusion, and one clear frame does not end it.
         steady = np.array([np.median(shot[max(0, i - 2) : i + 3]) for i in range(len(shot))])
@@ -635,6 +714,8 @@ def _result(frames: FrameSet, arrays: dict[str, Any], subject: Subject, faces: i
         "people": len(subject.people),
         "chosen_by": subject.how,
         "recognition": subject.recognizer or None,
+        "mirrored": len(subject.mirrored),
+        "hands": int(np.isfinite(arrays["hands"]).any(axis=(1, 2, 3)).sum()),
         "shots": shots,
         "shots_with_subject": len(shown),
         "face_width_px": round(width, 1),
@@ -658,6 +739,9 @@ def _told(frames: FrameSet, subject: Subject) -> list[str]:
         parts.append(f"{numbered}: {taken}, {how}" + ("; choose with --person" if subject.how == "longest" else ""))
     elif subject.how == "photograph":
         parts.append("the person was told by the photograph")
+    if subject.mirrored:
+        flags = np.isin(np.arange(len(frames)), subject.mirrored)
+        parts.append(f"a mirror? a face copies the subject's in {ranges_text(flags)}; it counts as another person")
     by = f"by {subject.recognizer}" if subject.recognizer else "by colours and proportions alone"
     if subject.ranked:
         parts.append(f"of several faces in {counted(len(subject.ranked), 'shot')} the one most alike was taken, {by}")
@@ -675,9 +759,9 @@ def _told(frames: FrameSet, subject: Subject) -> list[str]:
 
 STAGE = Stage(
     "track",
-    2,
+    3,
     ("decode",),
     track,
-    assets=lambda config: (FACE_LANDMARKER,),
+    assets=lambda config: (FACE_LANDMARKER, PALM_DETECTION, HAND_LANDMARK),
     description="landmarks, expression scores and flags",
 )

@@ -63,6 +63,7 @@ def write_subject(root: Path, **changes: np.ndarray) -> Subject:
         "blendshape_names": np.array(["_neutral", *names]),
         "detected": np.ones(FRAMES, bool),
         "usable": np.ones(FRAMES, bool),
+        "covered": np.zeros((FRAMES, 478), bool),
     }
     np.savez(root / "track/track.npz", **{**track, **changes})
     return Subject(root)

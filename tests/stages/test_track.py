@@ -24,7 +24,7 @@ from face_clips import (
 )
 from numpy.typing import NDArray
 
-from pipeline.assets import asset_path
+from pipeline.assets import asset_path, ensure_assets
 from pipeline.config import Config, DecodeConfig, TrackConfig
 from pipeline.dataset import Dataset, sha256_file
 from pipeline.errors import Interrupted, StageError, UserError
@@ -37,8 +37,8 @@ from stages import decode, track
 
 @pytest.fixture(scope="module", autouse=True)
 def model() -> Iterator[None]:
-    """The landmark model, fetched before the stage works, as a run does; and no recognition model of the user's."""
-    asset_path("face_landmarker")
+    """The stage's models, fetched before it works, as a run does; and no recognition model of the user's."""
+    ensure_assets(track.STAGE.assets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INSIGHTFACE_HOME", "/nonexistent")
         yield
@@ -73,6 +73,9 @@ def test_one_face_in_every_frame(tmp_path: Path) -> None:
         "Ts_cam_face": ("f", (count, 4, 4)),
         "detected": ("b", (count,)),
         "confidence": ("f", (count,)),
+        "others": ("f", (count, 0, 4)),
+        "hands": ("f", (count, 0, 21, 2)),
+        "covered": ("b", (count, 478)),
         "occluded": ("b", (count,)),
         "off_frame": ("b", (count,)),
         "blurred": ("b", (count,)),
@@ -82,6 +85,7 @@ def test_one_face_in_every_frame(tmp_path: Path) -> None:
         "clips": ("i", (count,)),
     }
     assert arrays["usable"].all()
+    assert not arrays["covered"].any()
     assert arrays["blendshape_names"][[0, -1]].tolist() == ["browDownLeft", "tongueOut"]
     assert not np.isnan(arrays["landmarks"]).any()
     apart = np.linalg.norm((arrays["landmarks"] - arrays["landmarks_raw"])[..., :2], axis=-1)
@@ -105,11 +109,16 @@ def test_the_sample_clips_hands_are_named(tmp_path: Path) -> None:
     run_stage(subject, decode.STAGE, stages, config)
     manifest = run_stage(subject, track.STAGE, stages, config)
     with np.load(subject.stage("track") / "track.npz", allow_pickle=False) as file:
-        occluded = file["occluded"]
+        occluded, covered, found = file["occluded"], file["covered"], file["hands"]
     times = np.array([f["time"] for f in track.FrameSet.load(subject.stage("decode")).record["frames"]])
     hands = (times > 3.0) & (times < 9.3)
     assert occluded[hands].mean() > 0.95
     assert occluded[(times < 2.0) | (times > 10.0)].mean() < 0.03
+    with_hands, with_cover = np.isfinite(found).any(axis=(1, 2, 3)), covered.any(axis=1)
+    assert with_hands[hands_there := (times > 4.0) & (times < 9.2)].mean() > 0.9
+    assert covered[hands_there].sum(axis=1).min() > 40
+    assert not with_hands[clear := (times < 1.8) | (times > 10.0)].any()
+    assert with_cover[clear].mean() < 0.1
     numbers = np.flatnonzero(occluded)
     assert f"occluded: frames {numbers[0]}-{numbers[-1]}" in manifest["verdict"]["text"]
     assert "off-frame: frame" in manifest["verdict"]["text"]
@@ -138,6 +147,26 @@ def test_something_over_the_face_is_flagged_and_nothing_else(tmp_path: Path) -> 
     assert "occluded: frames 2" in result.verdict.text
 
 
+def test_covered_landmarks_are_those_under_what_covers(tmp_path: Path) -> None:
+    images = [image.copy() for image in face_frames()]
+    _, clean = tracked(tmp_path, images)
+    under = np.zeros((len(images), 478), bool)
+    times = slice(30, 44)
+    for index in range(len(images))[times]:  # a striped patch over the mouth, moving with the face
+        points = clean["landmarks"][index, :, :2]
+        size = np.ptp(points[:, 0])
+        middle, half = points[[13, 14]].mean(axis=0), np.array([0.28, 0.16]) * size
+        x0, y0, x1, y1 = np.concatenate([middle - half, middle + half]).astype(int)
+        images[index][y0:y1, x0:x1] = np.where(np.arange(y1 - y0)[:, None, None] // 3 % 2, 250, 60)
+        under[index] = ((points >= [x0, y0]) & (points < [x1, y1])).all(axis=1)
+    (tmp_path / "second").mkdir()
+    _, arrays = tracked(tmp_path / "second", images)
+    covered = arrays["covered"]
+    assert (covered & under).sum() > 0.75 * under.sum()
+    assert (covered & under).sum() > 0.75 * covered.sum()
+    assert not covered[[*range(28), *range(46, 72)]].any()
+
+
 def test_a_face_that_leaves_is_off_frame(tmp_path: Path) -> None:
     room = 340
     images = []
@@ -159,6 +188,23 @@ def test_blurred_frames_are_flagged(tmp_path: Path) -> None:
     result, arrays = tracked(tmp_path, images)
     assert np.flatnonzero(arrays["blurred"]).tolist() == [10, 11, 12, 13]
     assert "blurred: frames 10-13" in result.verdict.text
+
+
+def test_other_faces_keep_their_boxes_and_a_mirror_is_asked_about(tmp_path: Path) -> None:
+    # The mirror shows a man who stands beside it, its glass a little smaller and darker than he is.
+    images = []
+    for index, image in enumerate(face_frames()[:48]):
+        glass = cv2.resize(image[:, ::-1], None, fx=0.9, fy=0.9, interpolation=cv2.INTER_AREA) // 10 * 9
+        beside = padded(glass, top=360 - glass.shape[0])
+        images.append(np.concatenate([image, beside if index < 40 else np.zeros_like(beside)], axis=1))
+    result, arrays = tracked(tmp_path, images)
+    assert arrays["others"].shape == (48, 1, 4)
+    shown = np.isfinite(arrays["others"]).all(axis=(1, 2))
+    assert shown.tolist() == [True] * 40 + [False] * 8
+    assert (arrays["others"][shown, 0, 0] > 640).all()
+    assert (arrays["boxes"][:, 2] < 640).all()
+    assert "a mirror? a face copies the subject's in frames 0-39; it counts as another person" in result.verdict.text
+    assert result.metrics["mirrored"] == 40
 
 
 def test_of_two_people_the_one_who_stays_is_taken(tmp_path: Path) -> None:
