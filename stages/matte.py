@@ -51,8 +51,6 @@ SCREEN_FRAMES = 12
 """Frames in which a green or blue screen is looked for."""
 FACE_SHARE = 0.5
 """Below this mean alpha inside the face the person is lost."""
-FAINT = 26
-"""Alpha (of 255) from which a pixel counts when connecting what belongs together: wisps of hair do."""
 CARRY_LIMIT_PX = 2.0
 """Alphas carried from both sides that differ by more along the boundary are not trusted."""
 KEY_EVERY = 3
@@ -92,7 +90,18 @@ class Clip:
     def __init__(self, run: StageRun) -> None:
         self.run, self.config = run, run.config.matte
         self.frames = FrameSet.load(run.subject.stage("decode"))
-        self.landmarks, self.present = _faces(run, len(self.frames))
+        names = ("landmarks", "detected", "others", "covered", "hands")
+        with np.load(run.input("track", "track.npz"), allow_pickle=False) as track:
+            landmarks, detected, self.others, self.covered, self.hands = (track[name] for name in names)
+        if any(
+            len(array) != len(self.frames) for array in (landmarks, detected, self.others, self.covered, self.hands)
+        ):
+            raise StageError(
+                f"The track has {len(landmarks)} frames, the clip {len(self.frames)}.",
+                f"headcast rerun {run.subject.name} --from track",
+            )
+        self.landmarks: NDArray[np.float32] = landmarks[:, :, :2]
+        self.present: NDArray[np.bool_] = detected.astype(bool) & np.isfinite(landmarks).all((1, 2))
         self.wanted: list[int] = np.flatnonzero(self.present).tolist()
 
     def side_by_side(
@@ -158,7 +167,7 @@ def _cut_given(clip: Clip, given: GivenAlpha) -> dict[str, Any]:
             clip.run.check_stop()
             if not _is_cut(clip.run, index):
                 alpha, image = given(index), clip.frames.image(index)
-                _save(clip.run, index, Cut(alpha, foreground(image, _share(alpha)), np.full_like(alpha, 255)))
+                _save(clip, index, Cut(alpha, foreground(image, _share(alpha)), np.full_like(alpha, 255)))
             task.advance()
     return {}
 
@@ -180,9 +189,9 @@ def _cut_from_screen(clip: Clip, backdrop: Backdrop) -> dict[str, Any]:
 
     def cut(index: int) -> None:
         image = clip.frames.image(index)
-        alpha = _owned(clip, index, np.round(255 * key(image, backdrop)).astype(np.uint8))
+        alpha = _owned(clip, index, image, np.round(255 * key(image, backdrop)).astype(np.uint8))
         colours = despill(image, _share(alpha), backdrop)
-        _save(clip.run, index, Cut(alpha, colours, np.full_like(alpha, 255)))
+        _save(clip, index, Cut(alpha, colours, np.full_like(alpha, 255)))
 
     _in_frames(clip, cut)
     return {"screen": backdrop.name}
@@ -369,43 +378,29 @@ def _cut_chunk(clip: Clip, network: Network, padding: float, chunk: Chunk, on_fr
         confidence = this.confidence
         if came is not None and goes is not None:
             confidence = np.minimum(confidence, 255 - np.maximum(came, goes) + np.minimum(came, goes))
-        _save(clip.run, index, Cut(_owned(clip, index, alpha), this.foreground, confidence))
+        image = clip.frames.image(index)
+        _save(clip, index, Cut(_owned(clip, index, image, alpha), this.foreground, confidence))
         cuts.pop(index - 1, None)
         on_frame(1)
 
 
-def _owned(clip: Clip, index: int, alpha: Image) -> Image:
+def _owned(clip: Clip, index: int, image: Image, alpha: Image) -> Image:
     """What of an alpha is the tracked person's, the face without holes."""
+    from pipeline.matting.people import keep_subject
+
     hull = _face_hull(clip.landmarks[index], alpha.shape)
     inside = alpha[hull > 0]
     if len(inside) == 0 or inside.mean() < FACE_SHARE * 255:
         return alpha
-    return belonging(np.maximum(alpha, hull), hull)
+    kept = keep_subject(np.maximum(alpha, hull), image, hull, clip.others[index])
+    if kept.touched:
+        _touch_mark(clip.run, index).touch()
+    return kept.alpha
 
 
-def belonging(alpha: Image, face: Image) -> Image:
-    """The part of an alpha [H, W] that hangs together with the face (255 inside its hull); the rest becomes 0."""
-    import cv2
-
-    _, labels = cv2.connectedComponents((alpha >= FAINT).astype(np.uint8), connectivity=8)
-    counts = np.bincount(labels[(face > 0) & (labels > 0)], minlength=1)
-    if not counts.any():
-        return np.zeros_like(alpha)
-    body = (labels == counts.argmax()).astype(np.uint8)
-    near = cv2.dilate(body, np.ones((5, 5), np.uint8))
-    return np.asarray(alpha * near, np.uint8)
-
-
-def _faces(run: StageRun, count: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Landmarks in pixels [T, 468, 2], and the frames [T] in which the face was found."""
-    with np.load(run.input("track", "track.npz"), allow_pickle=False) as track:
-        landmarks, present = track["landmarks"][:, :468, :2], track["detected"].astype(bool)
-    if len(landmarks) != count or len(present) != count:
-        raise StageError(
-            f"The track has {len(landmarks)} frames, the clip {count}.",
-            f"headcast rerun {run.subject.name} --from track",
-        )
-    return landmarks, present & np.isfinite(landmarks).all((1, 2))
+def _touch_mark(run: StageRun, index: int) -> Path:
+    """Stands for a frame in which another person had to be split off; a resumed run tells of it too."""
+    return run.scratch / f"touched-{index:06d}"
 
 
 def _face_hull(landmarks: NDArray[np.float32], shape: tuple[int, ...]) -> Image:
@@ -441,10 +436,18 @@ def _finished(clip: Clip) -> list[int]:
     return [i for i in clip.wanted if _is_cut(clip.run, i)]
 
 
-def _save(run: StageRun, index: int, cut: Cut) -> None:
-    save_image(run.work / foreground_file(index), cut.foreground)
-    save_image(run.work / confidence_file(index), cut.confidence)
-    save_image(run.work / alpha_file(index), cut.alpha)
+def _save(clip: Clip, index: int, cut: Cut) -> None:
+    """Write a frame's files; what covers the face is nothing to learn it from."""
+    from pipeline.matting.occluders import covered_pixels, hand_pixels
+
+    work, confidence = clip.run.work, cut.confidence
+    if clip.covered[index].any():
+        confidence = confidence & ~covered_pixels(clip.landmarks[index], clip.covered[index], confidence.shape)
+    if np.isfinite(clip.hands[index]).any():
+        confidence = confidence & ~hand_pixels(clip.hands[index], confidence.shape)
+    save_image(work / foreground_file(index), cut.foreground)
+    save_image(work / confidence_file(index), confidence)
+    save_image(work / alpha_file(index), cut.alpha)
 
 
 def _write_empty(clip: Clip) -> None:
@@ -452,7 +455,7 @@ def _write_empty(clip: Clip) -> None:
     nothing = np.zeros(_shape(clip.frames), np.uint8)
     for index in np.flatnonzero(~clip.present).tolist():
         if not _is_cut(clip.run, index):
-            _save(clip.run, index, Cut(nothing, clip.frames.image(index), np.full_like(nothing, 255)))
+            _save(clip, index, Cut(nothing, clip.frames.image(index), np.full_like(nothing, 255)))
 
 
 def _measure(clip: Clip) -> tuple[dict[str, Any], NDArray[np.bool_]]:
@@ -501,6 +504,8 @@ def _nobody(clip: Clip, origin: str, given: bool) -> Exception:
 def _verdict(
     clip: Clip, origin: str, about: dict[str, Any], figures: dict[str, Any], lost: NDArray[np.bool_]
 ) -> Verdict:
+    from pipeline.matting.people import touch_words
+
     flicker, partial_share = figures["flicker_px"], figures["partial_alpha_share"]
     level: Level = "good"
     if lost.any() or flicker > GOOD_FLICKER or partial_share > GOOD_PARTIAL:
@@ -513,6 +518,8 @@ def _verdict(
     )
     if about.get("still_camera") is False:
         text += "; the camera or the background moves, so there is no clean plate"
+    touched = np.array([_touch_mark(clip.run, index).exists() for index in range(len(clip.frames))])
+    text = "; ".join([text, *touch_words(touched)])
     if lost.any():
         text += f"; the person is lost in {ranges_text(lost)}, where only what is seen of them is kept"
     return Verdict(level, f"{text}.", "contact.jpg")
