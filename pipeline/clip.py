@@ -272,17 +272,18 @@ def _load_crop(
     right, bottom = min(max(x0 + side, left), width), min(max(y0 + side, top), height)
     opacity = alpha[top:bottom, left:right, None].astype(np.float32) / 255
     inside = foreground[top:bottom, left:right].astype(np.float32)
-    canvas = np.zeros((side, side, 5), np.float32)
-    canvas[..., [0, 1, 2, 4]] = 255
+    canvas = np.zeros((side, side, 4), np.float32)
+    canvas[..., :3] = 255
+    sure = np.full((side, side), 255, np.float32)
     window = canvas[top - y0 : bottom - y0, left - x0 : right - x0]
     window[..., :3] = 255 + opacity * (inside - 255)
-    window[..., 3] = 255 * opacity[..., 0]
-    window[..., 4] = confidence[top:bottom, left:right]
+    window[..., 3:] = 255 * opacity
+    sure[top - y0 : bottom - y0, left - x0 : right - x0] = confidence[top:bottom, left:right]
     # Averaging over areas is right for reducing only; enlarging with it would repeat pixels.
     how = cv2.INTER_AREA if side >= resolution else cv2.INTER_LINEAR
-    resized = cv2.resize(canvas, (resolution, resolution), interpolation=how)
+    resized, sure = (cv2.resize(array, (resolution, resolution), interpolation=how) for array in (canvas, sure))
     rounded = np.clip(resized + 0.5, 0, 255).astype(np.uint8)
-    return rounded[..., :3], rounded[..., 3], rounded[..., 4]
+    return rounded[..., :3], rounded[..., 3], np.asarray(sure + 0.5, np.uint8)
 
 
 def _read_picture(path: Path, flags: int) -> NDArray[np.uint8]:
