@@ -23,8 +23,11 @@ LEAST_SATURATION = 0.18
 """Of a screen: length of its chroma over its luma; grey and bluish walls have less than 0.1."""
 HUE_REACH = 0.35
 """What counts as the screen: chroma over luma as near to the screen's as this share of its length."""
-BORDER_SHARE, SUBJECT_SHARE = 0.6, 0.02
-"""In every frame the screen has at least so much of the border beside and above, and at most so much of the face."""
+BORDER_SHARE, SUBJECT_SHARE = 0.75, 0.02
+"""In every frame the screen has at least so much of the border beside and above, and at most so much of the face.
+
+A head may reach over the border above; a screen that ends inside the picture on one side falls short.
+"""
 ROUGHNESS_LIMIT = 0.06
 """Greatest spread of the screen's colour about its smooth course, as a share of its brightness: foliage has more."""
 MIXED_UP_TO = 0.25
