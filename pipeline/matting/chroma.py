@@ -23,8 +23,11 @@ LEAST_SATURATION = 0.18
 """Of a screen: length of its chroma over its luma; grey and bluish walls have less than 0.1."""
 HUE_REACH = 0.35
 """What counts as the screen: chroma over luma as near to the screen's as this share of its length."""
-BORDER_SHARE, SUBJECT_SHARE = 0.6, 0.02
-"""In every frame the screen has at least so much of the border beside and above, and at most so much of the face."""
+BORDER_SHARE, SUBJECT_SHARE = 0.75, 0.02
+"""In every frame the screen has at least so much of the border beside and above, and at most so much of the face.
+
+A head may reach over the border above; a screen that ends inside the picture on one side falls short.
+"""
 ROUGHNESS_LIMIT = 0.06
 """Greatest spread of the screen's colour about its smooth course, as a share of its brightness: foliage has more."""
 MIXED_UP_TO = 0.25
@@ -48,7 +51,7 @@ class Backdrop:
     colour: Floats
     """[H, W, 3] sRGB in 0 to 255 as it would be without the subject, smooth over the picture."""
     noise: float
-    """Standard deviation of the screen's chroma about that, in 8-bit levels."""
+    """Standard deviation of the screen's chroma about that in frames reduced to 192 pixels, in 8-bit levels."""
 
 
 def find_backdrop(frames: Sequence[Image], subjects: Sequence[NDArray[np.bool_]] | None = None) -> Backdrop | None:
@@ -56,7 +59,7 @@ def find_backdrop(frames: Sequence[Image], subjects: Sequence[NDArray[np.bool_]]
 
     Args:
         frames: [H, W, 3] each; a dozen from all over the clip are enough.
-        subjects: [H, W] each, True where the subject is for certain, such as in the face.
+        subjects: of each frame [H, W], True where the subject is for certain, such as in the face.
     """
     if not len(frames):
         return None
@@ -73,7 +76,7 @@ def find_backdrop(frames: Sequence[Image], subjects: Sequence[NDArray[np.bool_]]
     screen = np.linalg.norm(hue - middle, axis=-1) < HUE_REACH * saturation
     if saturation < LEAST_SATURATION or screen[:, border].mean(1).min() < BORDER_SHARE:
         return None
-    for seen, subject in zip(screen, subjects or (), strict=False):
+    for seen, subject in zip(screen, subjects, strict=True) if subjects else ():
         face = cv2.resize(subject.astype(np.uint8), small, interpolation=cv2.INTER_NEAREST) > 0
         if face.any() and seen[face].mean() > SUBJECT_SHARE:
             return None
@@ -81,6 +84,8 @@ def find_backdrop(frames: Sequence[Image], subjects: Sequence[NDArray[np.bool_]]
         return None
     # Pixels beside the subject are mixed with it.
     screen = np.stack([cv2.erode(seen.astype(np.uint8), np.ones((3, 3))) > 0 for seen in screen])
+    if not screen.any():
+        return None
     colour = _smooth_colour(pictures, screen)
     luma = _chroma(colour)[..., 0]
     away = (_chroma(pictures) - _chroma(colour))[screen]
@@ -134,10 +139,10 @@ def despill(image: Image, alpha: Floats, backdrop: Backdrop) -> Image:
     trust = np.clip(2 * share - 0.5, 0, 1)
     colours = (trust * own + (1 - trust) * near).clip(0, 255)
     # Light of the screen on the subject: beside its edge down to grey, elsewhere no more than the greater primary.
-    share = ((_chroma(colours) * screen)[..., 1:].sum(-1) / (screen[..., 1:] ** 2).sum(-1)).clip(0, 1)
+    spill = ((_chroma(colours) * screen)[..., 1:].sum(-1) / (screen[..., 1:] ** 2).sum(-1)).clip(0, 1)
     beside = cv2.blur((~solid).astype(np.float32), (15, 15)).clip(0, 0.25) * 4
     tint = backdrop.colour - screen[..., :1]
-    colours -= (share * beside)[..., None] * tint
+    colours -= (spill * beside)[..., None] * tint
     primary, others = (1, (0, 2)) if backdrop.name == "green" else (2, (0, 1))
     colours[..., primary] = np.minimum(colours[..., primary], colours[..., others].max(-1))
     return np.asarray(colours.clip(0, 255).round(), np.uint8)
