@@ -247,7 +247,7 @@ _MATTING_ASSETS = (
         "silueta",
         "silueta.onnx",
         44,
-        "none stated; made smaller from U-2-Net, which is Apache-2.0",
+        "no licence stated; made smaller from U-2-Net, which is Apache-2.0",
         "55e59e0d8062d2f5d013f4725ee84782",
         "U2-Net at a quarter of its size",
     ),

@@ -133,7 +133,7 @@ class _VideoFrame(Frame):
     def __init__(
         self, index: int, time: float, frame: Any, turn: tuple[int, int, int, int], aspect: Fraction, twin: Any = None
     ) -> None:
-        self._frame, self._turn, self._twin = frame, turn, twin or frame
+        self._frame, self._turn, self._twin = frame, turn, frame if twin is None else twin
         self._stored = (max(1, round(frame.width * aspect)), frame.height)
         size = self._stored if turn[0] else self._stored[::-1]
         super().__init__(index, time, *size)
@@ -281,7 +281,7 @@ def read_frames(
                 frames, broken = [], broken + 1
             if alpha_decoder is not None:
                 with contextlib.suppress(av.error.FFmpegError):  # the other decoder meets the same damage and tells
-                    twins |= {twin.pts: twin for twin in alpha_decoder.decode(packet)}
+                    twins |= {twin.pts: twin for twin in alpha_decoder.decode(packet) if twin.pts is not None}
             for frame in frames:
                 stamp = float(frame.time) if frame.time is not None else None
                 start = stamp if start is None else start
@@ -289,7 +289,10 @@ def read_frames(
                 time = time if time > last else last + step / 100
                 last = time
                 turn, aspect = _display_turn(frame), _pixel_aspect(stream, frame)
-                yield _VideoFrame(index, max(time, 0.0), frame, turn, aspect, twins.pop(frame.pts, None))
+                twin = twins.pop(frame.pts, None)
+                if twin is not None:  # those of frames that did not decode must not pile up
+                    twins = {stamp: other for stamp, other in twins.items() if stamp > frame.pts}
+                yield _VideoFrame(index, max(time, 0.0), frame, turn, aspect, twin)
                 index += 1
             if packet is None or (packet.dts is None and not packet.size):
                 break
