@@ -46,7 +46,7 @@ EYELIDS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[int, int]]] = {
 }
 LIDS_OPEN, LIDS_CLOSED = 0.85, 0.17  # gap, in units of the usual one, from which lids begin to close, and are closed
 UNUSABLE_WEIGHT = 0.05  # of a frame that is occluded, blurred or partly outside the picture
-COVERED_WEIGHT = 0.05  # of a landmark that something lies over, beside its frame's
+COVERED_WEIGHT = 0.01  # of a landmark that something lies over, beside its frame's
 
 # Expected errors ("standard deviations") of what is measured, and of what the priors say. Lengths in metres.
 DETECTION_M = 0.5e-3  # a landmark's error besides what its embedding wanders

@@ -174,6 +174,32 @@ def test_outliers_hardly_matter() -> None:
     assert rotation_errors(state).mean() < 1.0
 
 
+def test_covered_landmarks_do_not_pull() -> None:
+    """Landmarks around the mouth that drag along with a hand, in frames that are else as good as any."""
+    seen, rows = observed(), slice(20, 40)
+    mouth = np.linalg.norm(head().mean - head().mean[14], axis=1) < 0.03
+    covered = np.zeros(seen.landmarks.shape[:2], bool)
+    covered[rows, mouth] = True
+    dragged = seen.landmarks.copy()
+    dragged[covered, :2] += (5, -4)
+    start = dataclasses.replace(fitted(), phase="motion", iteration=0)
+    moved = {}
+    for flags in (covered, None):
+        state = fit_head(head(), dataclasses.replace(seen, landmarks=dragged, covered=flags), state=start)
+        moved[flags is None] = np.nanmedian(fitting.reprojection_errors(head(), seen, state)[rows][:, mouth])
+    assert moved[False] < 0.5 * moved[True], moved
+
+
+def test_trust_is_the_frames_and_the_landmarks() -> None:
+    covered = np.zeros((FRAMES, 478), bool)
+    covered[3, 14] = True
+    weights = np.where(np.arange(FRAMES) == 5, 0.05, 1.0)
+    seen = dataclasses.replace(observed(), weights=weights, covered=covered)
+    lips = np.isin(np.arange(478), (13, 14))
+    trust = seen.trust(np.array([3, 5]), lips)
+    np.testing.assert_allclose(trust, [[1, fitting.COVERED_WEIGHT], [0.05, 0.05]])
+
+
 def test_three_frames_can_be_fitted() -> None:
     seen = observed()
     few = dataclasses.replace(
