@@ -167,7 +167,8 @@ def test_the_comparison_names_split_baselines_and_reasons(whole: tuple[Page, str
     assert cells[1] == (
         "33.4 29.0 30.5 27.5 "
         "Best training frame picked by looking at the answer 34.4 avatar −1.0 30.0 avatar −1.0 – – "
-        "Nearest training frame by expression and pose 32.0 avatar +1.4 28.0 avatar +1.0 29.1 avatar +1.4 25.0 avatar +2.5 "
+        "Nearest training frame by expression and pose 32.0 avatar +1.4 28.0 avatar +1.0 29.1 avatar +1.4 "
+        "25.0 avatar +2.5 "
         "Mean training frame 31.9 avatar +1.5 27.0 avatar +2.0 27.7 avatar +2.8 26.0 avatar +1.5"
     )
     assert "No MS-SSIM: it needs sides of at least 161 px" in text
