@@ -44,6 +44,7 @@ class Clip:
         usable: [T] whether a frame's fit can be relied on. times: [T] seconds from the clip's start.
         head: name of the head model.
         frames, alphas: [T] paths.
+        torso_shape: [T,M] how the torso bends beside its rigid motion; M is 0 where the fit does not tell.
         image_sizes: [C] (width, height) of what the decoded frames hold of the picture; None where every crop lies
             inside.
         landmark_offsets: [L,3] and expression_offsets: [E,L,3] what makes the head personal; None for the plain model.
@@ -65,6 +66,7 @@ class Clip:
     head: str
     frames: tuple[Path, ...]
     alphas: tuple[Path, ...]
+    torso_shape: NDArray[np.float32]
     image_sizes: tuple[tuple[int, int], ...] | None = None
     landmark_offsets: NDArray[np.float32] | None = None
     expression_offsets: NDArray[np.float32] | None = None
@@ -172,6 +174,8 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
     }
     personal = {"landmark_offsets": (None, 3), "expression_offsets": (len(names), None, 3)}
     offsets = {n: _take(fit, n, shape, path).astype(np.float32) for n, shape in personal.items() if n in fit}
+    bent = "torso_shape" in fit
+    shape = _take(fit, "torso_shape", (count, None), path) if bent else np.zeros((count, 0))
     # One camera a take: the frames of a take share theirs.
     takes, first, cameras = np.unique(arrays["clips"], return_index=True, return_inverse=True)
     x0s, y0s, sides = np.round(arrays["crops"][first].astype(np.float64)).astype(np.int64).T.tolist()
@@ -204,6 +208,7 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
         head=str(_take(fit, "head", (), path)),
         frames=tuple(subject.stage("decode") / frame["file"] for frame in frames),
         alphas=tuple(subject.stage("matte") / "alpha" / f"{frame['index']:06d}.png" for frame in frames),
+        torso_shape=shape.astype(np.float32),
         image_sizes=tuple((int(contents[take][0]), int(contents[take][1])) for take in takes),
         landmark_offsets=offsets.get("landmark_offsets"),
         expression_offsets=offsets.get("expression_offsets"),

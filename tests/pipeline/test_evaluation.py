@@ -44,6 +44,7 @@ def clip(tmp_path: Path) -> Clip:
         head="anny",
         frames=tuple(frames),
         alphas=tuple(alphas),
+        torso_shape=np.zeros((count, 2), np.float32),
     )
 
 
