@@ -45,6 +45,7 @@ class Clip:
         usable: [T] whether a frame's fit can be relied on. times: [T] seconds from the clip's start.
         head: name of the head model.
         foregrounds, alphas, confidences: [T] paths of the matte stage's images.
+        torso_shape: [T,M] how the torso bends beside its rigid motion; M is 0 where the fit does not tell.
         image_sizes: [C] (width, height) of what the decoded frames hold of the picture; None where every crop lies
             inside.
         landmark_offsets: [L,3] and expression_offsets: [E,L,3] what makes the head personal; None for the plain model.
@@ -67,6 +68,7 @@ class Clip:
     foregrounds: tuple[Path, ...]
     alphas: tuple[Path, ...]
     confidences: tuple[Path, ...]
+    torso_shape: NDArray[np.float32]
     image_sizes: tuple[tuple[int, int], ...] | None = None
     landmark_offsets: NDArray[np.float32] | None = None
     expression_offsets: NDArray[np.float32] | None = None
@@ -176,6 +178,8 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
     }
     personal = {"landmark_offsets": (None, 3), "expression_offsets": (len(names), None, 3)}
     offsets = {n: _take(fit, n, shape, path).astype(np.float32) for n, shape in personal.items() if n in fit}
+    bent = "torso_shape" in fit
+    shape = _take(fit, "torso_shape", (count, None), path) if bent else np.zeros((count, 0))
     # One camera a take: the frames of a take share theirs.
     takes, first, cameras = np.unique(arrays["clips"], return_index=True, return_inverse=True)
     x0s, y0s, sides = np.round(arrays["crops"][first].astype(np.float64)).astype(np.int64).T.tolist()
@@ -209,6 +213,7 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
         foregrounds=tuple(subject.stage("matte") / foreground_file(index) for index in range(count)),
         alphas=tuple(subject.stage("matte") / alpha_file(index) for index in range(count)),
         confidences=tuple(subject.stage("matte") / confidence_file(index) for index in range(count)),
+        torso_shape=shape.astype(np.float32),
         image_sizes=tuple((int(contents[take][0]), int(contents[take][1])) for take in takes),
         landmark_offsets=offsets.get("landmark_offsets"),
         expression_offsets=offsets.get("expression_offsets"),

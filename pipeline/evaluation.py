@@ -103,12 +103,15 @@ class ClipRenderer:
 
 
 def regional_psnr(truth: Picture, picture: Picture, head: NDArray[np.bool_]) -> dict[str, float | None]:
-    """PSNR over the whole crop, the subject's pixels and the head's; None where a region is empty."""
+    """PSNR over the whole crop, the subject's pixels, the head's and the torso's: what of the subject is not the head.
+
+    None where a region is empty.
+    """
     subject = metrics.subject_mask(truth.alpha, picture.alpha)
+    regions = {"psnr_subject": subject, "psnr_head": head, "psnr_torso": subject & ~head}
     return {
         "psnr": metrics.psnr(truth.image, picture.image),
-        "psnr_subject": metrics.psnr(truth.image, picture.image, subject) if subject.any() else None,
-        "psnr_head": metrics.psnr(truth.image, picture.image, head) if head.any() else None,
+        **{n: metrics.psnr(truth.image, picture.image, mask) if mask.any() else None for n, mask in regions.items()},
     }
 
 

@@ -33,7 +33,7 @@ RIVALS = {
     "nearest_by_parameters": ("Nearest training frame", "by expression and pose"),
     "mean_frame": ("Mean training frame", ""),
 }
-REGIONS = {"psnr": "Whole crop", "psnr_subject": "Subject", "psnr_head": "Head"}
+REGIONS = {"psnr": "Whole crop", "psnr_subject": "Subject", "psnr_head": "Head", "psnr_torso": "Torso"}
 _VERDICT_OPENING = re.compile(r"^[A-Z][\w ]{0,30}: (good|fair|poor)\. ")
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 TRAIN_FRAMES_MEASURED = 20
 WORST_FRAMES = TYPICAL_FRAMES = 3
-REGIONS = ("psnr", "psnr_subject", "psnr_head")
+REGIONS = ("psnr", "psnr_subject", "psnr_head", "psnr_torso")
 FIGURES = (*REGIONS, "ssim", "ms_ssim", "l1", "flip", "lpips")
 
 
@@ -298,7 +298,7 @@ def _rounded(value: float | None) -> float | None:
 
 STAGE = Stage(
     name="evaluate",
-    version=2,
+    version=3,
     inputs=("decode", "matte", "fit", "train"),
     run=run,
     reads=("train.resolution",),

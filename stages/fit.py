@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.fitting import FitState, Observations
     from pipeline.frames import FrameSet
     from pipeline.heads import HeadModel
+    from pipeline.torso import Torso
 
 SCHEMA = 2
 CHECKPOINT = "state.npz"
@@ -65,10 +66,20 @@ def fit(run: StageRun) -> Result:
 
     import numpy as np
 
-    from pipeline.fitting import STEPS, FitState, Observations, fit_head, reduce_to_landmarks, reprojection_errors
+    from pipeline.fitting import (
+        STEPS,
+        FitState,
+        Observations,
+        fit_head,
+        reduce_to_landmarks,
+        reprojection_errors,
+        torso_motion,
+    )
     from pipeline.frames import FrameSet
+    from pipeline.geometry import make_rigid
     from pipeline.heads import load_head
     from pipeline.personal import personalise
+    from pipeline.torso import Torso
 
     settings = run.config.fit
     frames = FrameSet.load(run.subject.stage("decode"))
@@ -113,7 +124,9 @@ def fit(run: StageRun) -> Result:
     errors = reprojection_errors(landmark_head, observations, state)
     started = time.monotonic()
     own_head = personalise(head, state.offsets[0], state.offsets[1:])
-    fitted = _Fitted(head, own_head, frames, track, observations, state, errors)
+    rotations = torso_motion(frames.times, state.rotations, observations.weights, frames.shots)[0]
+    guess = Torso.unseen(make_rigid(rotations, state.translations))
+    fitted = _Fitted(head, own_head, frames, track, observations, state, errors, guess)
     crops = _training_crops(run, fitted)
     fitted = _with_torso(run, fitted, crops)
     seconds["torso"] = round(time.monotonic() - started, 2)
@@ -180,27 +193,13 @@ class _Fitted:
     state: FitState
     errors: NDArray[np.float64]
     """[T, L] pixels; NaN where no face was detected."""
-    followed: NDArray[np.float64] | None = None
-    """[T, 4, 4] the torso as the frames show it; None before it was looked for."""
-    torso_share: float = 0.0
-    """Share of the frames in which the torso was followed for sure."""
+    torso: Torso
+    """As the frames show it; before it was looked for, a guess from the head's motion."""
 
     @cached_property
     def Ks(self) -> NDArray[np.float64]:
         """[T, 3, 3]."""
         return self.state.intrinsics(self.observations)
-
-    @cached_property
-    def Ts_cam_torso(self) -> NDArray[np.float64]:
-        """[T, 4, 4] as followed in the frames, else a slow guess from the head's motion."""
-        from pipeline.fitting import torso_motion
-        from pipeline.geometry import make_rigid
-
-        if self.followed is not None:
-            return self.followed
-        seen = self.observations
-        rotations = torso_motion(seen.times, self.state.rotations, seen.weights, seen.shots)[0]
-        return make_rigid(rotations, self.state.translations)
 
     @cached_property
     def neck(self) -> NDArray[np.float64]:
@@ -209,7 +208,7 @@ class _Fitted:
 
         from pipeline.geometry import matrix_to_rotvec
 
-        return matrix_to_rotvec(np.swapaxes(self.Ts_cam_torso[:, :3, :3], 1, 2) @ self.state.rotations)
+        return matrix_to_rotvec(np.swapaxes(self.torso.poses[:, :3, :3], 1, 2) @ self.state.rotations)
 
     @cached_property
     def head_faces(self) -> NDArray[np.int32]:
@@ -264,38 +263,35 @@ def _training_crops(run: StageRun, fitted: _Fitted) -> list[tuple[int, int, int]
 
 
 def _with_torso(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int]]) -> _Fitted:
-    """The fit with the torso where the frames show it, shot by shot; the guess stays where it is out of sight."""
+    """The fit with the torso where the frames show it; the guess stays where it is out of sight."""
     from dataclasses import replace
 
     import numpy as np
 
-    from pipeline.torso import follow_torso
+    from pipeline.torso import Views, follow_torso
 
-    state, frames, seen = fitted.state, fitted.frames, fitted.observations
-    poses, trusted = fitted.Ts_cam_torso.copy(), np.zeros(len(frames), bool)
-    with run.reporter.task("torso", len(frames), "frames") as task:
+    frames, seen, on_head = fitted.frames, fitted.observations, fitted.head.regions["head"]
+
+    def picture(index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        width, height = frames.contents[index]
+        return frames.picture(index), frames.alpha(index, run.subject.stage("matte"))[:height, :width]
+
+    with run.reporter.task("torso", 3 * len(frames), "looks") as task:
 
         def on_frame() -> None:
             task.advance()
             run.check_stop()
 
-        for shot in np.unique(seen.shots):
-            rows = np.flatnonzero(seen.shots == shot)
-            if not fitted.track.usable[rows].any():
-                continue
-            first = int(rows[0])
-            poses[rows], trusted[rows] = follow_torso(
-                lambda i, first=first: frames.image(first + i),  # type: ignore[misc]
-                fitted.own_head,
-                fitted.Ks[first],
-                crops[seen.clips[first]],
-                state.Ts_cam_head[rows],
-                poses[rows],
-                state.identity,
-                fitted.track.usable[rows],
-                on_frame,
-            )
-    return replace(fitted, followed=poses, torso_share=float(trusted.mean()))
+        def heads() -> Iterator[NDArray[np.float64]]:
+            for vertices in fitted.vertices_cam(range(len(frames))):
+                on_frame()
+                yield vertices[on_head]
+
+        views = Views.load(picture, heads(), fitted.Ks, np.array(crops)[seen.clips], run.threads)
+        torso = follow_torso(
+            views, fitted.state.Ts_cam_head, fitted.torso.poses, fitted.track.usable, frames.shots, on_frame
+        )
+    return replace(fitted, torso=torso)
 
 
 def _write_files(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int]]) -> None:
@@ -311,7 +307,9 @@ def _write_files(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int
         Ks=fitted.Ks,
         image_size=np.array([frames.width, frames.height]),
         Ts_cam_head=state.Ts_cam_head,
-        Ts_cam_torso=fitted.Ts_cam_torso,
+        Ts_cam_torso=fitted.torso.poses,
+        torso_shape=fitted.torso.shape.astype(np.float32),
+        torso_confidence=fitted.torso.confidence.astype(np.float32),
         neck=fitted.neck.astype(np.float32),
         eyes=state.eyes.astype(np.float32),
         identity=state.identity.astype(np.float32),
@@ -482,7 +480,7 @@ def _result(fitted: _Fitted, crops: list[tuple[int, int, int]], seconds: dict[st
         "least_yaw_degrees": round(least_yaw, 1),
         "offset_mm": round(1e3 * float(np.median(np.linalg.norm(state.offsets[0], axis=1))), 2),
         "crops": [list(crop) for crop in crops],
-        "torso_followed": round(fitted.torso_share, 3),
+        "torso_followed": round(float((fitted.torso.confidence > 0).mean()), 3),
         "part_seconds": seconds,
     }
     return Result(Verdict(level, f"Fit: {level}. {'; '.join(parts)}.", "overlay.jpg"), metrics)
@@ -518,8 +516,8 @@ def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int3
 
 STAGE = Stage(
     "fit",
-    9,
-    ("decode", "track"),
+    10,
+    ("decode", "track", "matte"),
     fit,
     description="camera, head shape, poses and expressions",
     data=lambda config: {"head": head_data(config.fit.head)},

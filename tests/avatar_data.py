@@ -35,7 +35,7 @@ def torso_poses(clip: SyntheticClip) -> np.ndarray:
 
 def conditions(clip: SyntheticClip) -> Condition:
     """The clip's true conditions."""
-    arrays = (clip.expression, clip.Ts_cam_head, torso_poses(clip), clip.neck, clip.eyes)
+    arrays = (clip.expression, clip.Ts_cam_head, torso_poses(clip), clip.neck, clip.eyes, np.zeros((len(clip.neck), 0)))
     return Condition(*(torch.as_tensor(array, dtype=torch.float32) for array in arrays))
 
 

@@ -49,6 +49,8 @@ class Condition(NamedTuple):
     """[3] rotation vector of the head relative to the torso."""
     eyes: Tensor
     """[2,3] rotation vectors of the left and the right eye in the head."""
+    torso_shape: Tensor
+    """[M] how the torso bends beside its rigid motion, as `pipeline.torso` measures it; zeros where it is not known."""
 
     def frame(self, index: int) -> Condition:
         """One frame of a sequence."""
@@ -203,7 +205,7 @@ def splat(
 
 def conditions_of(clip: Clip, device: torch.device | str = "cpu") -> Condition:
     """The conditions of all T frames of a clip, float32."""
-    arrays = (clip.expression, clip.Ts_cam_head, clip.Ts_cam_torso, clip.neck, clip.eyes)
+    arrays = (clip.expression, clip.Ts_cam_head, clip.Ts_cam_torso, clip.neck, clip.eyes, clip.torso_shape)
     return Condition(*(torch.as_tensor(array, dtype=torch.float32, device=device) for array in arrays))
 
 

@@ -51,6 +51,10 @@ _FEATURE_LIMIT = 3.0
 # A feature that hardly moves in the clip is not blown up: spread below which it counts as constant.
 _FEATURE_FLOOR = 0.05
 
+# Metres that one unit of a torso mode moves a Gaussian, and that a mode which hardly shows in the clip counts for.
+_BEND_UNIT = 0.005
+_SHAPE_FLOOR_M = 1e-4
+
 START_FRAMES = 12
 
 
@@ -67,6 +71,8 @@ class Prepared(NamedTuple):
     """[T,4,3]."""
     quats: Tensor
     """[T,4,4] the same rotations as quaternions, all on the head's side of the sphere."""
+    torso_shape: Tensor
+    """[T,M] in the training clip's standard deviations."""
 
 
 class Rig(NamedTuple):
@@ -97,6 +103,7 @@ class RiggedAvatar(AvatarModel):
     rig_eye_centres: Tensor
     feature_mean: Tensor
     feature_scale: Tensor
+    shape_scale: Tensor
     neutral_T_cam_head: Tensor
     neutral_T_cam_torso: Tensor
     neutral_eyes: Tensor
@@ -105,16 +112,24 @@ class RiggedAvatar(AvatarModel):
     follow: Tensor
 
     def __init__(
-        self, rig: Rig, basis_size: int, hidden: int, features: int, head: str, expression_names: tuple[str, ...]
+        self,
+        rig: Rig,
+        basis_size: int,
+        hidden: int,
+        features: int,
+        shape: int,
+        head: str,
+        expression_names: tuple[str, ...],
     ) -> None:
         super().__init__()
         self.head, self.expression_names = head, expression_names
-        self._size = {"basis": basis_size, "hidden": hidden, "features": features}
+        self._size = {"basis": basis_size, "hidden": hidden, "features": features, "shape": shape}
         for name, value in rig._asdict().items():
             self.register_buffer(f"rig_{name}", value)
         n = len(rig.corners)
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_scale", torch.ones(features))
+        self.register_buffer("shape_scale", torch.ones(shape))
         self.register_buffer("neutral_T_cam_head", torch.eye(4))
         self.register_buffer("neutral_T_cam_torso", torch.eye(4))
         self.register_buffer("neutral_eyes", torch.zeros(2, 3))
@@ -128,6 +143,7 @@ class RiggedAvatar(AvatarModel):
         self.colors = nn.Parameter(torch.zeros(n, 3))
         self.torso_logits = nn.Parameter(torch.zeros(n))
         self.basis = nn.Parameter(torch.zeros(basis_size, n * len(_BASIS_UNITS)))
+        self.torso_basis = nn.Parameter(torch.zeros(shape, n * 3))
         self.driver = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, basis_size))
         self.twists = nn.Linear(features, 12)
 
@@ -142,7 +158,7 @@ class RiggedAvatar(AvatarModel):
         expression = torch.zeros(len(self.expression_names), device=self.means.device)
         head, torso = self.neutral_T_cam_head, self.neutral_T_cam_torso
         neck = matrix_to_rotvec(torso[:3, :3].T @ head[:3, :3])
-        return Condition(expression, head, torso, neck, self.neutral_eyes)
+        return Condition(expression, head, torso, neck, self.neutral_eyes, torch.zeros_like(self.shape_scale))
 
     def prepare(self, conditions: Condition) -> Prepared:
         """See `Prepared`."""
@@ -156,6 +172,7 @@ class RiggedAvatar(AvatarModel):
             transforms[..., :3, :3],
             transforms[..., :3, 3],
             torch.where(same_side, -quats, quats),
+            (conditions.torso_shape / self.shape_scale).clamp(-_FEATURE_LIMIT, _FEATURE_LIMIT),
         )
 
     def deform(self, prepared: Prepared) -> Gaussians:
@@ -163,9 +180,10 @@ class RiggedAvatar(AvatarModel):
         n = self.count
         ridden = (prepared.expression @ self.follow).view(n, 6)
         learned = (self.driver(prepared.features) @ self.basis).view(n, -1) * self.units
-        rest = self.means + ridden[:, :3] + learned[:, _MEAN]
-        turn = 0.5 * (ridden[:, 3:] + learned[:, _ROTATION])
         joints = self.joint_weights()
+        bent = (prepared.torso_shape @ self.torso_basis).view(n, 3) * (_BEND_UNIT * joints[:, 1:2])
+        rest = self.means + ridden[:, :3] + learned[:, _MEAN] + bent
+        turn = 0.5 * (ridden[:, 3:] + learned[:, _ROTATION])
         twists = self.twists(prepared.features).view(2, 6)[_TWISTED] * self.twist_units
         nudge = torch.eye(3, device=rest.device) + skew(twists[:, :3])
         rotations = prepared.rotations @ nudge
@@ -202,6 +220,7 @@ class RiggedAvatar(AvatarModel):
             ParameterGroup("colors", [self.colors], 5e-3, 5e-4),
             ParameterGroup("torso", [self.torso_logits], 2e-2, 2e-3),
             ParameterGroup("basis", [self.basis], 2e-3, 2e-4),
+            ParameterGroup("torso_basis", [self.torso_basis], 2e-3, 2e-4),
             ParameterGroup("driver", list(self.driver.parameters()), 2e-3, 2e-4),
             ParameterGroup("twists", list(self.twists.parameters()), 1e-3, 1e-4),
         ]
@@ -224,7 +243,9 @@ class RiggedAvatar(AvatarModel):
         full = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
         rig = Rig(*(full[f"rig_{name}"] for name in Rig._fields))
         names = tuple(settings["expression_names"])
-        avatar = cls(rig, settings["basis"], settings["hidden"], settings["features"], settings["head"], names)
+        avatar = cls(
+            rig, settings["basis"], settings["hidden"], settings["features"], settings["shape"], settings["head"], names
+        )
         avatar.load_state_dict(full)
         return avatar
 
@@ -236,7 +257,7 @@ class RiggedAvatar(AvatarModel):
         A pixel that sees the fitted head becomes a Gaussian on that spot of its surface; one that sees hair or clothes
         beside it is put at the depth of the nearest spot and hangs on that.
         """
-        features = _features(data.conditions)
+        features, shape = _features(data.conditions), data.conditions.torso_shape
         identity = data.identity.astype(np.float64)
         neutral = data.head.template + np.einsum("s,svi->vi", identity, data.head.identity_basis)
         centres = data.head.joints + np.einsum("s,sji->ji", identity, data.head.joints_identity_basis)
@@ -264,13 +285,22 @@ class RiggedAvatar(AvatarModel):
             torch.from_numpy(eyes.astype(np.float32)),
             eye_centres,
         )
-        avatar = cls(rig, config.basis, config.hidden, features.shape[1], data.head.name, data.head.expression_names)
+        avatar = cls(
+            rig,
+            config.basis,
+            config.hidden,
+            features.shape[1],
+            shape.shape[1],
+            data.head.name,
+            data.head.expression_names,
+        )
         torso = np.clip(skin[:, 1] / np.maximum(skin[:, :2].sum(1), 1e-6), 0.05, 0.95)
         middle = _most_typical(features)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         with torch.no_grad():
             avatar.feature_mean.copy_(features.mean(0))
             avatar.feature_scale.copy_(features.std(0, correction=0) + _FEATURE_FLOOR)
+            avatar.shape_scale.copy_(shape.square().mean(0).sqrt() + _SHAPE_FLOOR_M)
             avatar.neutral_T_cam_head.copy_(data.conditions.T_cam_head[middle])
             avatar.neutral_T_cam_torso.copy_(data.conditions.T_cam_torso[middle])
             avatar.neutral_eyes.copy_(data.conditions.eyes.mean(0))

@@ -44,6 +44,7 @@ def clip(tmp_path: Path) -> Clip:
         head="anny",
         frames=tuple(frames),
         alphas=tuple(alphas),
+        torso_shape=np.zeros((count, 2), np.float32),
     )
 
 
@@ -88,7 +89,8 @@ def test_a_perfect_render_scores_perfectly() -> None:
     truth = Picture(rng.random((32, 32, 3)).astype(np.float32), alpha)
     flip = np.zeros((32, 32))
     figures = score(truth, truth, alpha > 0.5, flip, lambda a, b: float(np.abs(a - b).mean()))
-    assert figures["psnr"] == figures["psnr_subject"] == figures["psnr_head"] == metrics.PSNR_CAP_DB
+    regions = {figures[name] for name in ("psnr", "psnr_subject", "psnr_head", "psnr_torso")}
+    assert regions == {metrics.PSNR_CAP_DB}
     assert figures["ssim"] == pytest.approx(1)
     assert figures["l1"] == figures["flip"] == figures["lpips"] == figures["squared_error"] == 0
     assert figures["ms_ssim"] is None
@@ -106,9 +108,12 @@ def test_regions_see_their_own_errors_only() -> None:
     assert (figures["flip"], figures["psnr_head"]) == (0.25, metrics.PSNR_CAP_DB)
     assert figures["psnr"] == pytest.approx(-10 * np.log10(0.04 / 32), abs=1e-4)
     assert figures["psnr_subject"] == pytest.approx(-10 * np.log10(0.04 / 16), abs=1e-4)
+    # The torso is the subject less the head.
+    assert figures["psnr_torso"] == pytest.approx(-10 * np.log10(0.04 * 16 / (256 - 64)), abs=1e-4)
     assert figures["squared_error_partial_alpha"] == pytest.approx(0.5 * figures["squared_error"])
     nobody = Picture(truth.image, np.zeros((32, 32), np.float32))
-    assert score(nobody, nobody, np.zeros((32, 32), bool), np.zeros((32, 32)), None)["psnr_subject"] is None
+    figures = score(nobody, nobody, np.zeros((32, 32), bool), np.zeros((32, 32)), None)
+    assert figures["psnr_subject"] is figures["psnr_torso"] is None
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_metrics_have_every_key_and_true_figures(
     evaluated: tuple[StageRun, Result, dict[str, Any]], finished_subject: Subject
 ) -> None:
     _, result, found = evaluated
-    regions = {"psnr", "psnr_subject", "psnr_head"}
+    regions = {"psnr", "psnr_subject", "psnr_head", "psnr_torso"}
     assert (found["schema"], found["subject"], found["resolution"]) == (1, "ada", [64, 64])
     assert found["split"] == {"train": [0, 13], "test": [14, 23]}
     assert set(found["test"]) == regions | {"ssim", "ms_ssim", "l1", "flip", "lpips"}

@@ -43,9 +43,11 @@ def write_subject(root: Path, **changes: np.ndarray) -> Subject:
     """Decode and track files of a synthetic clip; `changes` replace arrays of `track.npz`."""
     made = clip()
     (root / "decode/frames").mkdir(parents=True)
-    (root / "track").mkdir()
+    for folder in ("track", "matte/alpha"):
+        (root / folder).mkdir(parents=True)
     entries = []
     for i, image in enumerate(made.images):
+        cv2.imwrite(str(root / f"matte/alpha/{i:06d}.png"), (255 * made.alpha[i]).round().astype(np.uint8))
         cv2.imwrite(str(root / f"decode/frames/{i:06d}.jpg"), image[..., ::-1])
         entries.append(
             {"index": i, "file": f"frames/{i:06d}.jpg", "time": i / 25, "source_frame": i, "sharpness": 50.0}
@@ -97,6 +99,8 @@ def test_files_are_what_the_layout_promises(finished: tuple[Subject, Result]) ->
         "image_size": (2,),
         "Ts_cam_head": (FRAMES, 4, 4),
         "Ts_cam_torso": (FRAMES, 4, 4),
+        "torso_shape": (FRAMES, 4),
+        "torso_confidence": (FRAMES,),
         "neck": (FRAMES, 3),
         "eyes": (FRAMES, 2, 3),
         "identity": (S,),
@@ -129,7 +133,6 @@ def test_files_are_what_the_layout_promises(finished: tuple[Subject, Result]) ->
     assert 0 < result.metrics["reprojection_px"]["median"] < result.metrics["reprojection_px"]["p95"] < 1
     json.dumps(result.metrics)
 
-    (subject.root / "matte").mkdir()
     loaded = load_clip(subject, 64)
     assert loaded.crops == (tuple(arrays["crops"][0]),)
 
