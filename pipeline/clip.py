@@ -40,7 +40,7 @@ class Clip:
         resolution: width and height of the crops in pixels after resizing.
         crops: [C] (x0, y0, side) in whole pixels of the decoded frames; it may reach over their edge.
         cameras: [T] which camera took a frame.
-        Ts_cam_head: [T,4,4]. Ts_cam_torso: [T,4,4]. neck: [T,3] and eyes: [T,2,3] rotation vectors.
+        Ts_cam_head, Ts_cam_skull, Ts_cam_torso: [T,4,4]. neck: [T,3] and eyes: [T,2,3] rotation vectors.
         expression: [T,E] coefficients of `expression_names`. identity: [S].
         usable: [T] whether a frame's fit can be relied on. times: [T] seconds from the clip's start.
         head: name of the head model.
@@ -56,6 +56,7 @@ class Clip:
     crops: tuple[tuple[int, int, int], ...]
     cameras: NDArray[np.int64]
     Ts_cam_head: NDArray[np.float64]
+    Ts_cam_skull: NDArray[np.float64]
     Ts_cam_torso: NDArray[np.float64]
     expression: NDArray[np.float32]
     expression_names: tuple[str, ...]
@@ -166,6 +167,7 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
         for name, shape in {
             "Ks": (count, 3, 3),
             "Ts_cam_head": (count, 4, 4),
+            "Ts_cam_skull": (count, 4, 4),
             "Ts_cam_torso": (count, 4, 4),
             "expression": (count, len(names)),
             "identity": (None,),
@@ -201,6 +203,7 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
         crops=crops,
         cameras=cameras.astype(np.int64),
         Ts_cam_head=arrays["Ts_cam_head"].astype(np.float64),
+        Ts_cam_skull=arrays["Ts_cam_skull"].astype(np.float64),
         Ts_cam_torso=arrays["Ts_cam_torso"].astype(np.float64),
         expression=arrays["expression"].astype(np.float32),
         expression_names=names,

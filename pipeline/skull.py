@@ -206,9 +206,7 @@ class _Registration:
         """Ts_cam_skull [T,4,4]: the head's poses moved as the similarities [T,4] move its picture."""
         moved = np.empty_like(self._Ts_cam_head)
         axis = np.array([[0.0, 0.0, 1.0]])
-        for frame, (T_cam_head, K, found) in enumerate(
-            zip(self._Ts_cam_head, self._views.Ks, parameters, strict=True)
-        ):
+        for frame, (T_cam_head, K, found) in enumerate(zip(self._Ts_cam_head, self._views.Ks, parameters, strict=True)):
             centre, depth = self._expected[frame].mean(0), T_cam_head[2, 3]
             turn = rotvec_to_matrix(axis * found[2] / self._reach)[0]
             before = depth * np.linalg.solve(K, [*centre, 1.0])

@@ -74,11 +74,13 @@ class Views:
     Attributes:
         pictures: [T,R,R,4] uint8 premultiplied RGB and alpha.
         visible: [T,R,R] uint8, 1 inside the frame and away from the head.
+        inside: [T,R,R] inside the frame.
         Ks: [T,3,3] of the pictures.
     """
 
     pictures: NDArray[np.uint8]
     visible: NDArray[np.uint8]
+    inside: NDArray[np.bool_]
     Ks: Floats
 
     @staticmethod
@@ -100,14 +102,15 @@ class Views:
         small = np.stack([crop_intrinsics(K, tuple(crop), SIDE_PX) for K, crop in zip(Ks, crops, strict=True)])
         pictures = np.empty((len(Ks), SIDE_PX, SIDE_PX, 4), np.uint8)
         visible = np.empty((len(Ks), SIDE_PX, SIDE_PX), np.uint8)
+        inside = np.empty((len(Ks), SIDE_PX, SIDE_PX), bool)
 
         def load(row: int, head: NDArray[np.floating]) -> None:
-            pictures[row], inside = _small(*picture(row), crops[row])
-            visible[row] = inside & ~head_cover(head, small[row], SIDE_PX)
+            pictures[row], inside[row] = _small(*picture(row), crops[row])
+            visible[row] = inside[row] & ~head_cover(head, small[row], SIDE_PX)
 
         with ThreadPoolExecutor(max(1, threads)) as pool:
             list(pool.map(load, range(len(Ks)), heads))
-        return Views(pictures, visible, small)
+        return Views(pictures, visible, inside, small)
 
 
 def _small(
@@ -178,7 +181,7 @@ def follow_torso(
         on_frame: called twice for each frame.
     """
     count = len(guess)
-    reference = _typical(Ts_cam_head, usable)
+    reference = typical_frame(Ts_cam_head, usable)
     alpha = views.pictures[reference, ..., 3] / 255
     mask = torso_mask(alpha, views.visible[reference] == 0, guess[reference], views.Ks[reference])
     if mask.mean() < MIN_SHARE:
@@ -425,7 +428,7 @@ class _Camera(NamedTuple):
         return scales, np.arctan2(moved[:, 1, 0], moved[:, 0, 0]), centres
 
 
-def _typical(Ts_cam_head: Floats, usable: NDArray[np.bool_]) -> int:
+def typical_frame(Ts_cam_head: Floats, usable: NDArray[np.bool_]) -> int:
     """The usable frame whose head pose is nearest to the median."""
     far = _distances(Ts_cam_head, np.median(Ts_cam_head[usable], 0))
     return int(np.where(usable, far, np.inf).argmin())

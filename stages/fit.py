@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.fitting import FitState, Observations
     from pipeline.frames import FrameSet
     from pipeline.heads import HeadModel
+    from pipeline.skull import Skull
     from pipeline.torso import Torso
 
 SCHEMA = 2
@@ -79,6 +80,7 @@ def fit(run: StageRun) -> Result:
     from pipeline.geometry import make_rigid
     from pipeline.heads import load_head
     from pipeline.personal import personalise
+    from pipeline.skull import Skull
     from pipeline.torso import Torso
 
     settings = run.config.fit
@@ -126,9 +128,10 @@ def fit(run: StageRun) -> Result:
     own_head = personalise(head, state.offsets[0], state.offsets[1:])
     rotations = torso_motion(frames.times, state.rotations, observations.weights, frames.shots)[0]
     guess = Torso.unseen(make_rigid(rotations, state.translations))
-    fitted = _Fitted(head, own_head, frames, track, observations, state, errors, guess)
+    unmoved = Skull(state.Ts_cam_head, np.zeros(len(frames)))
+    fitted = _Fitted(head, own_head, frames, track, observations, state, errors, guess, unmoved)
     crops = _training_crops(run, fitted)
-    fitted = _with_torso(run, fitted, crops)
+    fitted = _with_torso_and_skull(run, fitted, crops)
     seconds["torso"] = round(time.monotonic() - started, 2)
     started = time.monotonic()
     _write_files(run, fitted, crops)
@@ -194,6 +197,7 @@ class _Fitted:
     errors: NDArray[np.float64]
     """[T, L] pixels; NaN where no face was detected."""
     torso: Torso
+    skull: Skull
     """As the frames show it; before it was looked for, a guess from the head's motion."""
 
     @cached_property
@@ -262,13 +266,14 @@ def _training_crops(run: StageRun, fitted: _Fitted) -> list[tuple[int, int, int]
     return crops
 
 
-def _with_torso(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int]]) -> _Fitted:
-    """The fit with the torso where the frames show it; the guess stays where it is out of sight."""
+def _with_torso_and_skull(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int]]) -> _Fitted:
+    """The fit with torso and skull where the frames show them; the guess stays where one is out of sight."""
     from dataclasses import replace
 
     import numpy as np
 
-    from pipeline.torso import Views, follow_torso
+    from pipeline.skull import follow_skull
+    from pipeline.torso import Views, follow_torso, typical_frame
 
     frames, seen, on_head = fitted.frames, fitted.observations, fitted.head.regions["head"]
 
@@ -276,7 +281,7 @@ def _with_torso(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int]
         width, height = frames.contents[index]
         return frames.picture(index), frames.alpha(index, run.subject.stage("matte"))[:height, :width]
 
-    with run.reporter.task("torso", 3 * len(frames), "looks") as task:
+    with run.reporter.task("torso and skull", 4 * len(frames), "looks") as task:
 
         def on_frame() -> None:
             task.advance()
@@ -291,7 +296,20 @@ def _with_torso(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int]
         torso = follow_torso(
             views, fitted.state.Ts_cam_head, fitted.torso.poses, fitted.track.usable, frames.shots, on_frame
         )
-    return replace(fitted, torso=torso)
+        reference = typical_frame(fitted.state.Ts_cam_head, fitted.track.usable)
+        x0, y0, side = crops[seen.clips[reference]]
+        skull = follow_skull(
+            views,
+            fitted.state.Ts_cam_head,
+            reference,
+            next(fitted.vertices_cam([reference])),
+            fitted.head_faces,
+            (fitted.track.landmarks[reference, :, :2] - (x0, y0)) * (views.pictures.shape[1] / side),
+            frames.shots,
+            run.threads,
+            on_frame,
+        )
+    return replace(fitted, torso=torso, skull=skull)
 
 
 def _write_files(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int]]) -> None:
@@ -307,6 +325,8 @@ def _write_files(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int
         Ks=fitted.Ks,
         image_size=np.array([frames.width, frames.height]),
         Ts_cam_head=state.Ts_cam_head,
+        Ts_cam_skull=fitted.skull.poses,
+        skull_confidence=fitted.skull.confidence.astype(np.float32),
         Ts_cam_torso=fitted.torso.poses,
         torso_shape=fitted.torso.shape.astype(np.float32),
         torso_confidence=fitted.torso.confidence.astype(np.float32),
@@ -480,6 +500,7 @@ def _result(fitted: _Fitted, crops: list[tuple[int, int, int]], seconds: dict[st
         "least_yaw_degrees": round(least_yaw, 1),
         "offset_mm": round(1e3 * float(np.median(np.linalg.norm(state.offsets[0], axis=1))), 2),
         "crops": [list(crop) for crop in crops],
+        "skull_followed": round(float((fitted.skull.confidence > 0).mean()), 3),
         "torso_followed": round(float((fitted.torso.confidence > 0).mean()), 3),
         "part_seconds": seconds,
     }

@@ -51,6 +51,8 @@ class Condition(NamedTuple):
     """[2,3] rotation vectors of the left and the right eye in the head."""
     torso_shape: Tensor
     """[M] how the torso bends beside its rigid motion, as `pipeline.torso` measures it; zeros where it is not known."""
+    T_cam_skull: Tensor
+    """[4,4] of hair and skull, equal to `T_cam_head` where it is not known apart (`pipeline.skull`)."""
 
     def frame(self, index: int) -> Condition:
         """One frame of a sequence."""
@@ -205,7 +207,10 @@ def splat(
 
 def conditions_of(clip: Clip, device: torch.device | str = "cpu") -> Condition:
     """The conditions of all T frames of a clip, float32."""
-    arrays = (clip.expression, clip.Ts_cam_head, clip.Ts_cam_torso, clip.neck, clip.eyes, clip.torso_shape)
+    arrays = (
+        *(clip.expression, clip.Ts_cam_head, clip.Ts_cam_torso, clip.neck, clip.eyes),
+        *(clip.torso_shape, clip.Ts_cam_skull),
+    )
     return Condition(*(torch.as_tensor(array, dtype=torch.float32, device=device) for array in arrays))
 
 

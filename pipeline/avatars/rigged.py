@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 _BASIS_UNITS = (0.02,) * 3 + (0.3,) * 3 + (0.5,) * 3 + (0.5,) * 3 + (2.0,)
 _MEAN, _ROTATION, _SCALE, _COLOR, _OPACITY = slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12), 12
 
-# The same for a joint's twist: radians and metres; and which of the two twists (head, torso) turns each joint.
+# The same for a joint's twist: radians and metres; and which of the three twists (head, torso, skull) turns each joint.
 _TWIST_UNITS = (0.02,) * 3 + (0.005,) * 3
-_TWISTED = [0, 1, 0, 0]
+_TWISTED = [0, 1, 0, 0, 2]
 
 # Conditions beyond this many standard deviations of the training clip are held there: what was never seen must not
 # steer the network.
@@ -66,11 +66,11 @@ class Prepared(NamedTuple):
     features: Tensor
     """[T,D] input of the network."""
     rotations: Tensor
-    """[T,4,3,3] of the joints."""
+    """[T,5,3,3] of the joints."""
     translations: Tensor
-    """[T,4,3]."""
+    """[T,5,3]."""
     quats: Tensor
-    """[T,4,4] the same rotations as quaternions, all on the head's side of the sphere."""
+    """[T,5,4] the same rotations as quaternions, all on the head's side of the sphere."""
     torso_shape: Tensor
     """[T,M] in the training clip's standard deviations."""
 
@@ -142,10 +142,11 @@ class RiggedAvatar(AvatarModel):
         self.opacity_logits = nn.Parameter(torch.zeros(n))
         self.colors = nn.Parameter(torch.zeros(n, 3))
         self.torso_logits = nn.Parameter(torch.zeros(n))
+        self.skull_logits = nn.Parameter(torch.zeros(n))
         self.basis = nn.Parameter(torch.zeros(basis_size, n * len(_BASIS_UNITS)))
         self.torso_basis = nn.Parameter(torch.zeros(shape, n * 3))
         self.driver = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, basis_size))
-        self.twists = nn.Linear(features, 12)
+        self.twists = nn.Linear(features, 18)
 
     @property
     def count(self) -> int:
@@ -158,7 +159,7 @@ class RiggedAvatar(AvatarModel):
         expression = torch.zeros(len(self.expression_names), device=self.means.device)
         head, torso = self.neutral_T_cam_head, self.neutral_T_cam_torso
         neck = matrix_to_rotvec(torso[:3, :3].T @ head[:3, :3])
-        return Condition(expression, head, torso, neck, self.neutral_eyes, torch.zeros_like(self.shape_scale))
+        return Condition(expression, head, torso, neck, self.neutral_eyes, torch.zeros_like(self.shape_scale), head)
 
     def prepare(self, conditions: Condition) -> Prepared:
         """See `Prepared`."""
@@ -184,11 +185,11 @@ class RiggedAvatar(AvatarModel):
         bent = (prepared.torso_shape @ self.torso_basis).view(n, 3) * (_BEND_UNIT * joints[:, 1:2])
         rest = self.means + ridden[:, :3] + learned[:, _MEAN] + bent
         turn = 0.5 * (ridden[:, 3:] + learned[:, _ROTATION])
-        twists = self.twists(prepared.features).view(2, 6)[_TWISTED] * self.twist_units
+        twists = self.twists(prepared.features).view(3, 6)[_TWISTED] * self.twist_units
         nudge = torch.eye(3, device=rest.device) + skew(twists[:, :3])
         rotations = prepared.rotations @ nudge
         translations = prepared.translations + (prepared.rotations @ twists[:, 3:, None]).squeeze(-1)
-        posed = (rest @ rotations.permute(2, 0, 1).reshape(3, 12)).view(n, 4, 3) + translations
+        posed = (rest @ rotations.permute(2, 0, 1).reshape(3, 15)).view(n, 5, 3) + translations
         means = (joints[:, :, None] * posed).sum(1)
         # A small rotation vector is twice the vector part of its quaternion; the rasteriser normalises.
         small = torch.cat([torch.ones_like(turn[:, :1]), turn], 1)
@@ -205,10 +206,12 @@ class RiggedAvatar(AvatarModel):
         )
 
     def joint_weights(self) -> Tensor:
-        """Skinning weights [N,4] over head, torso, left and right eye."""
-        torso = torch.sigmoid(self.torso_logits)
+        """Skinning weights [N,5] over head, torso, left and right eye, skull."""
+        torso, skull = torch.sigmoid(self.torso_logits), torch.sigmoid(self.skull_logits)
         body = 1 - self.rig_eyes.sum(1)
-        return torch.cat([torch.stack([body * (1 - torso), body * torso], 1), self.rig_eyes], 1)
+        head = body * (1 - torso)
+        own = torch.stack([head * (1 - skull), body * torso], 1)
+        return torch.cat([own, self.rig_eyes, (head * skull)[:, None]], 1)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Learning rates are for metres, logits and colours in [0,1]."""
@@ -219,6 +222,7 @@ class RiggedAvatar(AvatarModel):
             ParameterGroup("opacities", [self.opacity_logits], 3e-2, 3e-3),
             ParameterGroup("colors", [self.colors], 5e-3, 5e-4),
             ParameterGroup("torso", [self.torso_logits], 2e-2, 2e-3),
+            ParameterGroup("skull", [self.skull_logits], 2e-2, 2e-3),
             ParameterGroup("basis", [self.basis], 2e-3, 2e-4),
             ParameterGroup("torso_basis", [self.torso_basis], 2e-3, 2e-4),
             ParameterGroup("driver", list(self.driver.parameters()), 2e-3, 2e-4),
@@ -311,6 +315,7 @@ class RiggedAvatar(AvatarModel):
             avatar.opacity_logits.fill_(math.log(0.7 / 0.3))
             avatar.colors.copy_(torch.from_numpy(seeds.color))
             avatar.torso_logits.copy_(torch.from_numpy(np.log(torso / (1 - torso))))
+            avatar.skull_logits.copy_(torch.from_numpy(np.log(seeds.skull / (1 - seeds.skull))))
             for layer in avatar.driver:
                 if isinstance(layer, nn.Linear):
                     layer.weight.normal_(0, 1 / math.sqrt(layer.in_features), generator=generator)
@@ -321,11 +326,12 @@ class RiggedAvatar(AvatarModel):
 
 
 def joint_transforms(conditions: Condition, eye_centres: Tensor) -> Tensor:
-    """Ts_cam_joint [T,4,4,4] of head, torso, left and right eye, all taking rest coordinates of the head frame."""
+    """Ts_cam_joint [T,5,4,4] of head, torso, left and right eye, skull; all take rest coordinates of the head frame."""
     rotations = rotvec_to_matrix(conditions.eyes)
     about_centres = eye_centres - (rotations @ eye_centres[..., None]).squeeze(-1)
     eyes = conditions.T_cam_head[:, None] @ make_rigid(rotations, about_centres)
-    return torch.cat([conditions.T_cam_head[:, None], conditions.T_cam_torso[:, None], eyes], 1)
+    head, torso, skull = (conditions.T_cam_head, conditions.T_cam_torso, conditions.T_cam_skull)
+    return torch.cat([head[:, None], torso[:, None], eyes, skull[:, None]], 1)
 
 
 def spread_frames(features: NDArray[np.floating], count: int) -> NDArray[np.int64]:
@@ -387,6 +393,7 @@ class _Seeds(NamedTuple):
     normal: NDArray[np.float32]
     size: NDArray[np.float32]
     color: NDArray[np.float32]
+    skull: NDArray[np.float64]
 
 
 class _View(NamedTuple):
@@ -394,7 +401,7 @@ class _View(NamedTuple):
 
     frame: int
     joints: NDArray[np.float64]
-    """[4,4,4] Ts_cam_joint."""
+    """[5,4,4] Ts_cam_joint."""
     neutral: NDArray[np.float64]
     """[V,3]."""
     expressed: NDArray[np.float64]
@@ -408,7 +415,7 @@ class _View(NamedTuple):
         condition = Condition(*(value[frame : frame + 1].double() for value in data.conditions))
         joints = joint_transforms(condition, eye_centres.double())[0].numpy()
         expressed = neutral + np.einsum("e,evi->vi", condition.expression[0].numpy(), head.expression_basis)
-        blended = np.einsum("vj,jab->vab", head.skin_weights, joints)
+        blended = np.einsum("vj,jab->vab", head.skin_weights, joints[:4])
         posed = np.einsum("vab,vb->va", blended[:, :3, :3], expressed) + blended[:, :3, 3]
         raster = rasterize_mesh(posed, head.faces, data.Ks[data.camera(frame)], size, size)
         return cls(frame, joints, neutral, expressed, raster) if (raster.face_index >= 0).any() else None
@@ -441,7 +448,11 @@ def _seeds(data: TrainingData, view: _View, share: int, total: int, rng: np.rand
     y = (rows + 0.5 - K[1, 2]) / K[1, 1] * depth
     corners = head.faces[face]
     skin = np.einsum("nc,nci->ni", bary, head.skin_weights[corners])
-    bone = np.einsum("nj,jab->nab", skin, view.joints)
+    skull = follow * np.einsum("nc,nc->n", bary, head.regions["face"][corners]) if "face" in head.regions else follow
+    skull = np.clip(1 - skull, 0.05, 0.95)
+    weights = np.concatenate([skin, skin[:, :1] * skull[:, None]], 1)
+    weights[:, 0] *= 1 - skull
+    bone = np.einsum("nj,jab->nab", weights, view.joints)
     unposed = np.linalg.solve(bone[:, :3, :3], (np.stack([x, y, depth], 1) - bone[:, :3, 3])[..., None])[..., 0]
     shift = np.einsum("nc,nci->ni", bary, (view.expressed - view.neutral)[corners])
     rest = unposed - follow[:, None] * shift
@@ -464,6 +475,7 @@ def _seeds(data: TrainingData, view: _View, share: int, total: int, rng: np.rand
         normal.astype(np.float32),
         (np.clip(0.6 * spacing, 0.5, 8) * depth_to_metres).astype(np.float32),
         color.astype(np.float32),
+        skull,
     )
 
 
