@@ -3,7 +3,7 @@
 The fitted head pose rests on landmarks of the face, and those wander with the expression: a crooked mouth turns the
 fitted head by a degree or two, and with it hair and outline by pixels. What does not take part in expressions tells how
 the skull really moves. Every frame's skull is registered to a template, the robust middle of all of them, at the places
-where the fitted pose expects it, by a small shift, turn and growth of the picture (Gauss-Newton with the template's own
+where the fitted pose expects it, by a small move and turn (Gauss-Newton with the template's own
 slopes and Huber weights, as in `pipeline.torso`). Alpha is a channel like the colours, so the outline counts.
 """
 
@@ -36,7 +36,10 @@ HAIR_REACH, BELOW_EARS, RIM = 0.28, 0.1, 0.03
 POINTS, TEMPLATE_FRAMES = 3000, 64
 HUBER = 0.06
 STEPS, STEP_PX = 10, 0.01
-STIFFNESS = 1e-6
+# Moves right, down and forward, and turns about the same axes, and what the square of each, in pixels, costs in squared
+# difference: nodding and shaking look like moving, so they have to be worth it.
+DEGREES = 6
+STIFFNESS = np.array([1e-6, 1e-6, 1e-6, 3e-5, 3e-5, 1e-6])
 # Mean weight of the points from which a frame's skull is believed.
 MIN_CONFIDENCE = 0.6
 LEAST_POINTS = 200
@@ -81,7 +84,7 @@ def follow_skull(
     registration = _Registration(views, reference, in_head, Ts_cam_head)
     few = evenly(len(Ts_cam_head), TEMPLATE_FRAMES)
     registration.rebuild(few, [registration.register(frame)[0] for frame in few])
-    found, confidence = np.zeros((len(Ts_cam_head), 4)), np.zeros(len(Ts_cam_head))
+    found, confidence = np.zeros((len(Ts_cam_head), DEGREES)), np.zeros(len(Ts_cam_head))
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for frame, (parameters, trust) in enumerate(pool.map(registration.register, range(len(found)))):
             found[frame], confidence[frame] = parameters, trust
@@ -94,7 +97,7 @@ def follow_skull(
     for shot in np.unique(shots):
         rows = np.flatnonzero(shots == shot)
         known = rows[seen[rows]]
-        for column in range(4):
+        for column in range(DEGREES):
             found[rows, column] = np.interp(rows, known, found[known, column]) if len(known) else 0.0
     return Skull(registration.poses(found), confidence)
 
@@ -135,19 +138,15 @@ def _skull_points(
 
 
 class _Registration:
-    """A template of P points on the skull, and the similarities that take it to each frame."""
+    """A template of P points on the skull, and the small motions that take it to each frame."""
 
     def __init__(self, views: Views, reference: int, in_head: Floats, Ts_cam_head: Floats) -> None:
-        self._views, self._Ts_cam_head = views, Ts_cam_head
-        self._expected = [
-            project_points(transform_points(T_cam_head, in_head), K)
-            for T_cam_head, K in zip(Ts_cam_head, views.Ks, strict=True)
-        ]
-        start = self._expected[reference]
-        self._reach = float(np.abs(start - start.mean(0)).max())
-        self._where = tuple(np.floor(start).astype(np.int64).T[::-1])
+        self._views, self._Ts_cam_head, self._in_head = views, Ts_cam_head, in_head
+        self._reach = float(np.linalg.norm(in_head - in_head.mean(0), axis=1).max())
+        start, self._slopes_by = self._expect(reference)
+        rows, columns = np.floor(start).astype(np.int64).T[::-1]
+        self._where = rows, columns
         self._canvas = views.pictures[reference].astype(np.float32) / 255
-        self._slopes_by = self._basis(reference)
         self._take(self._canvas[self._where])
 
     def _take(self, values: NDArray[np.float32]) -> None:
@@ -155,61 +154,72 @@ class _Registration:
         self._canvas[self._where] = values
         self._values = values
         slopes = np.stack([np.gradient(self._canvas, axis=axis)[self._where] for axis in (1, 0)], -1)
-        self._slopes = np.einsum("pci,pid->pcd", slopes, self._slopes_by).reshape(-1, 4)
+        self._slopes = np.einsum("pci,pid->pcd", slopes, self._slopes_by).reshape(-1, DEGREES)
 
-    def _basis(self, frame: int) -> NDArray[np.float32]:
-        """[P,2,4] displacements: shift right, shift down, turn, growth, about the middle of what is expected."""
-        expected = self._expected[frame]
-        x, y = ((expected - expected.mean(0)) / self._reach).T
-        one, none = np.ones_like(x), np.zeros_like(x)
-        return np.stack([np.stack([one, none, -y, x], 1), np.stack([none, one, x, y], 1)], 1).astype(np.float32)
+    def _expect(self, frame: int) -> tuple[Floats, NDArray[np.float32]]:
+        """Where [P,2] the fitted head puts the points in a frame, and what [P,2,6] moves them there by a pixel or so.
 
-    def _sample(
-        self, frame: int, basis: NDArray[np.float32], parameters: Floats
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Colours [P,4] of a frame where the parameters put the template, and whether [P] it is in the picture."""
+        The six: moves right, down and forward of the head's middle, and turns about it; each of a size that would show
+        as one pixel at the middle or at the head's border.
+        """
+        points, K = transform_points(self._Ts_cam_head[frame], self._in_head), self._views.Ks[frame]
+        middle = points.mean(0)
+        pixel = middle[2] / K[0, 0]
+        motions = np.zeros((len(points), 6, 3))
+        motions[:, range(3), range(3)] = pixel * np.array([1, 1, middle[2] / self._reach])
+        offsets = points - middle
+        for axis in range(3):
+            motions[:, 3 + axis] = np.cross(np.eye(3)[axis], offsets) * pixel / self._reach
+        depth = points[:, 2, None]
+        focal = np.array([K[0, 0], K[1, 1]])
+        places = project_points(points, K)
+        # d(f X / Z) = f (dX - X / Z dZ) / Z
+        rates = motions[..., :2] - (points[:, :2] / depth)[:, None] * motions[..., 2:]
+        basis = focal[None, :, None] * rates.swapaxes(1, 2) / depth[..., None]
+        return places, basis.astype(np.float32)
+
+    def _sample(self, frame: int, at: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Colours [P,4] of a frame at places [P,2], and whether [P] they are in the picture."""
         import cv2
 
-        at = (self._expected[frame] + basis @ parameters - 0.5).astype(np.float32)[None]
-        views = self._views
-        colours = cv2.remap(views.pictures[frame], at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        inside = cv2.remap(
-            views.inside[frame].astype(np.uint8), at, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT
-        )
+        places, views = (at - 0.5).astype(np.float32)[None], self._views
+        colours = cv2.remap(views.pictures[frame], places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        there = views.inside[frame].astype(np.uint8)
+        inside = cv2.remap(there, places, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT)
         return colours[0].astype(np.float32) / 255, inside.reshape(-1).astype(np.float32)
 
     def register(self, frame: int) -> tuple[Floats, float]:
-        """Parameters [4] of a frame, and how far they can be trusted."""
-        basis, parameters = self._basis(frame), np.zeros(4)
+        """Parameters [6] of a frame, and how far they can be trusted."""
+        (places, basis), parameters = self._expect(frame), np.zeros(DEGREES)
         weights = np.zeros(len(self._values), np.float32)
         for _ in range(STEPS):
-            colours, inside = self._sample(frame, basis, parameters)
+            colours, inside = self._sample(frame, places + basis @ parameters)
             difference = colours - self._values
             weights = inside * np.minimum(1, HUBER / np.maximum(np.linalg.norm(difference, axis=1), 1e-6))
             rows = np.repeat(weights, 4)[:, None] * self._slopes
-            curvature = rows.T @ self._slopes + STIFFNESS * len(weights) * np.eye(4)
-            step = np.linalg.solve(curvature, rows.T @ difference.ravel())
+            prior = len(weights) * STIFFNESS
+            curvature = rows.T @ self._slopes + np.diag(prior)
+            step = np.linalg.solve(curvature, rows.T @ difference.ravel() + prior * parameters)
             parameters = parameters - step
             if np.abs(step).max() < STEP_PX:
                 break
         confidence = float(weights.mean())
-        return (parameters, confidence) if confidence >= MIN_CONFIDENCE else (np.zeros(4), 0.0)
+        return (parameters, confidence) if confidence >= MIN_CONFIDENCE else (np.zeros(DEGREES), 0.0)
 
     def rebuild(self, frames: list[int], parameters: list[Floats]) -> None:
         """Take the middle of these frames, each brought back by its parameters, as the template."""
-        samples = [
-            self._sample(frame, self._basis(frame), found)[0] for frame, found in zip(frames, parameters, strict=True)
-        ]
+        samples = []
+        for frame, found in zip(frames, parameters, strict=True):
+            places, basis = self._expect(frame)
+            samples.append(self._sample(frame, places + basis @ found)[0])
         self._take(np.median(samples, 0).astype(np.float32))
 
     def poses(self, parameters: Floats) -> Floats:
-        """Ts_cam_skull [T,4,4]: the head's poses moved as the similarities [T,4] move its picture."""
-        moved = np.empty_like(self._Ts_cam_head)
-        axis = np.array([[0.0, 0.0, 1.0]])
-        for frame, (T_cam_head, K, found) in enumerate(zip(self._Ts_cam_head, self._views.Ks, parameters, strict=True)):
-            centre, depth = self._expected[frame].mean(0), T_cam_head[2, 3]
-            turn = rotvec_to_matrix(axis * found[2] / self._reach)[0]
-            before = depth * np.linalg.solve(K, [*centre, 1.0])
-            after = depth / (1 + found[3] / self._reach) * np.linalg.solve(K, [*(centre + found[:2]), 1.0])
-            moved[frame] = make_rigid(turn, after - turn @ before) @ T_cam_head
-        return moved
+        """Ts_cam_skull [T,4,4]: the head's poses moved and turned by the parameters [T,6]."""
+        middles = transform_points(self._Ts_cam_head, self._in_head.mean(0)[None])[:, 0]
+        pixels = (middles[:, 2] / self._views.Ks[:, 0, 0])[:, None]
+        forward = np.stack([np.ones(len(middles)), np.ones(len(middles)), middles[:, 2] / self._reach], 1)
+        moves = pixels * forward * parameters[:, :3]
+        turns = rotvec_to_matrix(pixels / self._reach * parameters[:, 3:])
+        about_middles = middles + moves - (turns @ middles[..., None])[..., 0]
+        return make_rigid(turns, about_middles) @ self._Ts_cam_head
