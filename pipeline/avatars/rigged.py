@@ -4,8 +4,9 @@ What the mesh knows is not learned again: each Gaussian is bound to a triangle o
 expression shapes of that triangle (interpolated, fixed), and is skinned to head, torso and eyes like the head model,
 except that the share of head and torso is learned. On top come K learned vectors over mean, rotation, scale, colour
 and opacity, weighted by a tiny network of expression, pose and gaze: wrinkles, shading, hair, what the mesh lacks. And
-a small rigid twist of head and torso, linear in the same features: what the fit's poses get wrong in the same way
-whenever the same expression or pose comes back.
+a small rigid twist of the head, linear in the same features: what the fit's poses get wrong in the same way
+whenever the same expression or pose comes back. The torso has none: how it moves is seen in the frames. What it bends
+beside its rigid motion moves its Gaussians by a learned basis of their own, linear in the torso's shape.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pipeline.geometry import (
     skew,
 )
 from pipeline.mesh_render import Raster, interpolate, rasterize_mesh
+from pipeline.torso import head_cover, torso_mask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,9 +43,9 @@ if TYPE_CHECKING:
 _BASIS_UNITS = (0.02,) * 3 + (0.3,) * 3 + (0.5,) * 3 + (0.5,) * 3 + (2.0,)
 _MEAN, _ROTATION, _SCALE, _COLOR, _OPACITY = slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12), 12
 
-# The same for a joint's twist: radians and metres; and which of the two twists (head, torso) turns each joint.
+# The same for the head's twist: radians and metres; and which joints (head, torso, eyes) it turns.
 _TWIST_UNITS = (0.02,) * 3 + (0.005,) * 3
-_TWISTED = [0, 1, 0, 0]
+_TWISTED = (1.0, 0.0, 1.0, 1.0)
 
 # Conditions beyond this many standard deviations of the training clip are held there: what was never seen must not
 # steer the network.
@@ -134,7 +136,9 @@ class RiggedAvatar(AvatarModel):
         self.register_buffer("neutral_T_cam_torso", torch.eye(4))
         self.register_buffer("neutral_eyes", torch.zeros(2, 3))
         self.register_buffer("units", torch.tensor(_BASIS_UNITS), persistent=False)
-        self.register_buffer("twist_units", torch.tensor(_TWIST_UNITS), persistent=False)
+        self.register_buffer(
+            "twist_units", torch.outer(torch.tensor(_TWISTED), torch.tensor(_TWIST_UNITS)), persistent=False
+        )
         self.register_buffer("follow", _following(rig), persistent=False)
         self.means = nn.Parameter(torch.zeros(n, 3))
         self.quats = nn.Parameter(torch.tensor([1.0, 0, 0, 0]).repeat(n, 1))
@@ -145,7 +149,7 @@ class RiggedAvatar(AvatarModel):
         self.basis = nn.Parameter(torch.zeros(basis_size, n * len(_BASIS_UNITS)))
         self.torso_basis = nn.Parameter(torch.zeros(shape, n * 3))
         self.driver = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, basis_size))
-        self.twists = nn.Linear(features, 12)
+        self.twist = nn.Linear(features, 6)
 
     @property
     def count(self) -> int:
@@ -184,7 +188,7 @@ class RiggedAvatar(AvatarModel):
         bent = (prepared.torso_shape @ self.torso_basis).view(n, 3) * (_BEND_UNIT * joints[:, 1:2])
         rest = self.means + ridden[:, :3] + learned[:, _MEAN] + bent
         turn = 0.5 * (ridden[:, 3:] + learned[:, _ROTATION])
-        twists = self.twists(prepared.features).view(2, 6)[_TWISTED] * self.twist_units
+        twists = self.twist(prepared.features) * self.twist_units
         nudge = torch.eye(3, device=rest.device) + skew(twists[:, :3])
         rotations = prepared.rotations @ nudge
         translations = prepared.translations + (prepared.rotations @ twists[:, 3:, None]).squeeze(-1)
@@ -222,7 +226,7 @@ class RiggedAvatar(AvatarModel):
             ParameterGroup("basis", [self.basis], 2e-3, 2e-4),
             ParameterGroup("torso_basis", [self.torso_basis], 2e-3, 2e-4),
             ParameterGroup("driver", list(self.driver.parameters()), 2e-3, 2e-4),
-            ParameterGroup("twists", list(self.twists.parameters()), 1e-3, 1e-4),
+            ParameterGroup("twist", list(self.twist.parameters()), 1e-3, 1e-4),
         ]
 
     def settings(self) -> dict[str, Any]:
@@ -294,7 +298,7 @@ class RiggedAvatar(AvatarModel):
             data.head.name,
             data.head.expression_names,
         )
-        torso = np.clip(skin[:, 1] / np.maximum(skin[:, :2].sum(1), 1e-6), 0.05, 0.95)
+        torso = np.where(seeds.torso, 1, skin[:, 1] / np.maximum(skin[:, :2].sum(1), 1e-6)).clip(0.05, 0.95)
         middle = _most_typical(features)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         with torch.no_grad():
@@ -315,8 +319,8 @@ class RiggedAvatar(AvatarModel):
                 if isinstance(layer, nn.Linear):
                     layer.weight.normal_(0, 1 / math.sqrt(layer.in_features), generator=generator)
                     layer.bias.zero_()
-            avatar.twists.weight.zero_()
-            avatar.twists.bias.zero_()
+            avatar.twist.weight.zero_()
+            avatar.twist.bias.zero_()
         return avatar
 
 
@@ -387,6 +391,8 @@ class _Seeds(NamedTuple):
     normal: NDArray[np.float32]
     size: NDArray[np.float32]
     color: NDArray[np.float32]
+    torso: NDArray[np.bool_]
+    """[n] of clothes and shoulders that the head does not hide."""
 
 
 class _View(NamedTuple):
@@ -400,6 +406,8 @@ class _View(NamedTuple):
     expressed: NDArray[np.float64]
     """[V,3], still in the head frame."""
     raster: Raster
+    cover: NDArray[np.bool_]
+    """[R,R] what the head may hide of the torso."""
 
     @classmethod
     def of(cls, data: TrainingData, frame: int, neutral: NDArray[np.float64], eye_centres: Tensor) -> _View | None:
@@ -411,7 +419,10 @@ class _View(NamedTuple):
         blended = np.einsum("vj,jab->vab", head.skin_weights, joints)
         posed = np.einsum("vab,vb->va", blended[:, :3, :3], expressed) + blended[:, :3, 3]
         raster = rasterize_mesh(posed, head.faces, data.Ks[data.camera(frame)], size, size)
-        return cls(frame, joints, neutral, expressed, raster) if (raster.face_index >= 0).any() else None
+        if not (raster.face_index >= 0).any():
+            return None
+        cover = head_cover(posed[head.regions["head"]], data.Ks[data.camera(frame)], size)
+        return cls(frame, joints, neutral, expressed, raster, cover)
 
 
 def _seeds(data: TrainingData, view: _View, share: int, total: int, rng: np.random.Generator) -> _Seeds:
@@ -464,6 +475,7 @@ def _seeds(data: TrainingData, view: _View, share: int, total: int, rng: np.rand
         normal.astype(np.float32),
         (np.clip(0.6 * spacing, 0.5, 8) * depth_to_metres).astype(np.float32),
         color.astype(np.float32),
+        torso_mask(alpha, view.cover, view.joints[1], K)[rows, columns],
     )
 
 
