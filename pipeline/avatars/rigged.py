@@ -30,7 +30,7 @@ from pipeline.geometry import (
     skew,
 )
 from pipeline.mesh_render import Raster, interpolate, rasterize_mesh
-from pipeline.torso import head_cover, torso_mask
+from pipeline.torso import Torso, TorsoPredictor, head_cover, torso_mask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -135,6 +135,9 @@ class RiggedAvatar(AvatarModel):
         self.register_buffer("neutral_T_cam_head", torch.eye(4))
         self.register_buffer("neutral_T_cam_torso", torch.eye(4))
         self.register_buffer("neutral_eyes", torch.zeros(2, 3))
+        predictor = TorsoPredictor(np.eye(4), np.eye(4), np.zeros(shape), np.zeros((6, 6 + shape)))
+        for name, array in predictor._asdict().items():
+            self.register_buffer(f"predictor_{name}", torch.from_numpy(array).float())
         self.register_buffer("units", torch.tensor(_BASIS_UNITS), persistent=False)
         self.register_buffer(
             "twist_units", torch.outer(torch.tensor(_TWISTED), torch.tensor(_TWIST_UNITS)), persistent=False
@@ -163,6 +166,17 @@ class RiggedAvatar(AvatarModel):
         head, torso = self.neutral_T_cam_head, self.neutral_T_cam_torso
         neck = matrix_to_rotvec(torso[:3, :3].T @ head[:3, :3])
         return Condition(expression, head, torso, neck, self.neutral_eyes, torch.zeros_like(self.shape_scale))
+
+    def with_predicted_torso(self, conditions: Condition) -> Condition:
+        """T conditions of a driver without a torso, with one that moves with the head as it did in training."""
+        fields = (getattr(self, f"predictor_{name}").double().cpu().numpy() for name in TorsoPredictor._fields)
+        head = conditions.T_cam_head
+        poses, shape = (
+            torch.as_tensor(array, dtype=head.dtype, device=head.device)
+            for array in TorsoPredictor(*fields).predict(head.double().cpu().numpy())
+        )
+        neck = matrix_to_rotvec(poses[:, :3, :3].transpose(-1, -2) @ head[:, :3, :3])
+        return conditions._replace(T_cam_torso=poses, neck=neck, torso_shape=shape)
 
     def prepare(self, conditions: Condition) -> Prepared:
         """See `Prepared`."""
@@ -235,7 +249,8 @@ class RiggedAvatar(AvatarModel):
 
     def compact_weights(self) -> dict[str, Tensor]:
         """The weights as saved: half precision except where half would cost a tenth of a millimetre."""
-        exact = {"means", "feature_mean", "feature_scale", "neutral_T_cam_head", "neutral_T_cam_torso"}
+        exact = {"means", "feature_mean", "feature_scale", "shape_scale", "neutral_T_cam_head", "neutral_T_cam_torso"}
+        exact |= {f"predictor_{name}" for name in TorsoPredictor._fields}
         return {
             name: value.half() if value.is_floating_point() and name not in exact else value
             for name, value in self.state_dict().items()
@@ -304,6 +319,10 @@ class RiggedAvatar(AvatarModel):
         with torch.no_grad():
             avatar.feature_mean.copy_(features.mean(0))
             avatar.feature_scale.copy_(features.std(0, correction=0) + _FEATURE_FLOOR)
+            followed = Torso(data.conditions.T_cam_torso.double().numpy(), shape.double().numpy(), np.ones(len(data)))
+            predictor = TorsoPredictor.fit(data.conditions.T_cam_head.double().numpy(), followed)
+            for name, array in predictor._asdict().items():
+                getattr(avatar, f"predictor_{name}").copy_(torch.from_numpy(array))
             avatar.shape_scale.copy_(shape.square().mean(0).sqrt() + _SHAPE_FLOOR_M)
             avatar.neutral_T_cam_head.copy_(data.conditions.T_cam_head[middle])
             avatar.neutral_T_cam_torso.copy_(data.conditions.T_cam_torso[middle])
@@ -421,7 +440,7 @@ class _View(NamedTuple):
         raster = rasterize_mesh(posed, head.faces, data.Ks[data.camera(frame)], size, size)
         if not (raster.face_index >= 0).any():
             return None
-        cover = head_cover(posed[head.regions["head"]], data.Ks[data.camera(frame)], size)
+        cover = head_cover(posed[head.regions["head"]], data.Ks[data.camera(frame)], size, size)
         return cls(frame, joints, neutral, expressed, raster, cover)
 
 
