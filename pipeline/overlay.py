@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.cameras import look_at, make_intrinsics
-from pipeline.geometry import transform_points
+from pipeline.geometry import project_points, transform_points
 from pipeline.mesh_render import lambert, rasterize_mesh, shade
 
 if TYPE_CHECKING:
@@ -51,6 +51,35 @@ def overlay(
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         drawn[y[inside], x[inside]] = LANDMARK_COLOR
     return drawn
+
+
+def draw_torso(
+    image: NDArray[np.uint8],
+    T_cam_torso: NDArray[np.floating],
+    K: NDArray[np.floating],
+    where: NDArray[np.bool_],
+    confidence: float,
+) -> NDArray[np.uint8]:
+    """A frame [H, W, 3] with a grid over it that moves with the torso, five centimetres wide.
+
+    Args:
+        image: sRGB frame.
+        T_cam_torso: [4, 4]. K: [3, 3] intrinsics of the image.
+        where: [H, W] pixels of the torso; elsewhere nothing is drawn.
+        confidence: in [0, 1], from red to green.
+    """
+    import cv2
+
+    ticks = np.arange(-0.5, 0.501, 0.05)
+    x, y = np.meshgrid(ticks, ticks)
+    points = np.stack([x, y, np.zeros_like(x)], -1).reshape(-1, 3)
+    pixels = project_points(transform_points(T_cam_torso, points), K).reshape(*x.shape, 2)
+    # Quarters of a pixel, for smooth motion; OpenCV's pixel centres are whole numbers.
+    grid = np.rint(4 * (pixels - 0.5)).clip(-(2**20), 2**20).astype(np.int32)
+    color = (255 * (1 - confidence), 255 * confidence, 0)
+    lines = [*grid, *np.ascontiguousarray(grid.swapaxes(0, 1))]
+    drawn = cv2.polylines(image.copy(), lines, False, color, 1, cv2.LINE_AA, 2)
+    return np.where(where[..., None], drawn, image).astype(np.uint8)
 
 
 def front_and_side(vertices: NDArray[np.floating], faces: NDArray[np.int32], size: int = 400) -> NDArray[np.uint8]:

@@ -48,7 +48,7 @@ GRID_STIFFNESS, MODE_STIFFNESS = 1e-4, 1e-5
 # from frame to frame, and for being there at all, which tells in long gaps only.
 BEND_WEIGHT, STAY_WEIGHT = 0.2, 1e-4
 # A turn by a radian counts like a move by this many metres; and the move that says something about the torso.
-TURN_M, RIDGE_M = 0.2, 0.005
+TURN_M, RIDGE_M = 0.2, 0.001
 
 
 class Torso(NamedTuple):
@@ -106,7 +106,7 @@ class Views:
 
         def load(row: int, head: NDArray[np.floating]) -> None:
             pictures[row], inside[row] = _small(*picture(row), crops[row])
-            visible[row] = inside[row] & ~head_cover(head, small[row], SIDE_PX)
+            visible[row] = inside[row] & ~head_cover(head, small[row], SIDE_PX, SIDE_PX)
 
         with ThreadPoolExecutor(max(1, threads)) as pool:
             list(pool.map(load, range(len(Ks)), heads))
@@ -134,26 +134,27 @@ def _small(
     return np.asarray(small, np.uint8), np.asarray(cv2.warpAffine(whole, warp, size)) > 250
 
 
-def head_cover(head: NDArray[np.floating], K: Floats, size: int) -> NDArray[np.bool_]:
-    """[R,R] what a head may hide of a square picture: the hull of its vertices [V,3] (camera space), grown for hair."""
+def head_cover(head: NDArray[np.floating], K: Floats, width: int, height: int) -> NDArray[np.bool_]:
+    """[H,W] what a head may hide of a picture: the hull of its vertices [V,3] (camera space), grown for hair."""
     import cv2
 
     pixels = project_points(head.astype(np.float64), K)
     # The mesh may lie far outside of a picture that is not of it.
-    hull = cv2.convexHull(np.clip(pixels, -8 * size, 8 * size).astype(np.float32))
-    cover = np.zeros((size, size), np.uint8)
+    far = 8 * max(width, height)
+    hull = cv2.convexHull(np.clip(pixels, -far, far).astype(np.float32))
+    cover = np.zeros((height, width), np.uint8)
     cv2.fillConvexPoly(cover, np.rint(hull).astype(np.int32), 1)
-    reach = 2 * round(HEAD_ROOM * min(float(np.ptp(pixels[:, 1])), size)) + 1
+    reach = 2 * round(HEAD_ROOM * min(float(np.ptp(pixels[:, 1])), height)) + 1
     return np.asarray(cv2.dilate(cover, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach)))) > 0
 
 
 def torso_mask(
     alpha: NDArray[np.floating], cover: NDArray[np.bool_], T_cam_torso: Floats, K: Floats
 ) -> NDArray[np.bool_]:
-    """[R,R] pixels of the torso: of the subject, outside what the head may hide, below the neck's pivot.
+    """[H,W] pixels of the torso: of the subject, outside what the head may hide, below the neck's pivot.
 
     Args:
-        alpha: [R,R] in [0,1]. cover: [R,R] as `head_cover` gives it.
+        alpha: [H,W] in [0,1]. cover: [H,W] as `head_cover` gives it.
         T_cam_torso: [4,4]. K: [3,3] of the picture.
     """
     pivot = T_cam_torso[:3, 3]

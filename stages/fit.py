@@ -389,10 +389,12 @@ def _draw(run: StageRun, fitted: _Fitted) -> None:
 
     from pipeline.fitting import head_angles
     from pipeline.frames import contact_sheet, evenly, save_image
-    from pipeline.overlay import front_and_side, overlay, plot_curves
+    from pipeline.overlay import draw_torso, front_and_side, overlay, plot_curves
+    from pipeline.torso import head_cover, torso_mask
     from pipeline.video import write_video
 
-    state, frames, errors = fitted.state, fitted.frames, fitted.errors
+    state, frames, errors, torso = fitted.state, fitted.frames, fitted.errors, fitted.torso
+    on_head, matte = fitted.head.regions["head"], run.subject.stage("matte")
     save_image(run.work / "neutral.jpg", front_and_side(fitted.neutral, fitted.head_faces), 90)
 
     def overlays(indices: Sequence[int], side: int) -> Iterator[NDArray[np.uint8]]:
@@ -403,6 +405,9 @@ def _draw(run: StageRun, fitted: _Fitted) -> None:
         def draw(index: int, vertices: NDArray[np.float64]) -> NDArray[np.uint8]:
             K = np.diag([*scale, 1]) @ fitted.Ks[index]
             image = cv2.resize(frames.image(index), size, interpolation=cv2.INTER_AREA)
+            alpha = cv2.resize(frames.alpha(index, matte), size, interpolation=cv2.INTER_AREA) / 255
+            where = torso_mask(alpha, head_cover(vertices[on_head], K, *size), torso.poses[index], K)
+            image = draw_torso(np.asarray(image, np.uint8), torso.poses[index], K, where, torso.confidence[index])
             seen = fitted.track.landmarks[index, :, :2] * scale
             return overlay(image, vertices, fitted.head_faces, K, seen)
 
@@ -437,11 +442,13 @@ def _draw(run: StageRun, fitted: _Fitted) -> None:
         write_video(run.work / "overlay.mp4", counted(), round(len(in_video) / seconds, 2), crf=26)
 
     curves = {name: state.expression[:, fitted.head.expression_names.index(name)] for name in CURVES}
+    shifts = torso.poses[:, :3, 3] - np.median(torso.poses[:, :3, 3], 0)
     angles, gaze = np.degrees(head_angles(state.rotations)).T, np.degrees(state.gaze)
     panels = [
         ("expression", curves),
         ("head, degrees", dict(zip(("yaw", "pitch", "roll"), angles, strict=True))),
         ("gaze, degrees", {"left pitch": gaze[:, 0, 0], "left yaw": gaze[:, 0, 1], "right yaw": gaze[:, 1, 1]}),
+        ("torso, mm", dict(zip(("right", "down", "away"), 1e3 * shifts.T, strict=True))),
         ("error, px", {"median": np.median(errors, 1), "95 %": np.percentile(errors, 95, axis=1)}),
     ]
     plot_curves(run.work / "curves.png", frames.times, panels, ~fitted.track.usable, frames.shots)
@@ -483,6 +490,11 @@ def _result(fitted: _Fitted, crops: list[tuple[int, int, int]], seconds: dict[st
             f"the head is turned away by {least_yaw:.0f} degrees or more in every frame and half of the face is "
             "guessed: film it from the front too"
         )
+    followed = fitted.torso.confidence > 0
+    if not followed.any():
+        parts.append("no torso in sight: how it moves is a guess from the head")
+    elif not followed.all():
+        parts.append(f"torso followed in {100 * followed.mean():.0f} % of the frames, elsewhere filled in")
     identity = _plausibility(fitted)
     parts.append(
         f"neutral head plausible: {100 * identity['inside']:.0f} % of its coefficients inside their box, "
@@ -501,7 +513,7 @@ def _result(fitted: _Fitted, crops: list[tuple[int, int, int]], seconds: dict[st
         "offset_mm": round(1e3 * float(np.median(np.linalg.norm(state.offsets[0], axis=1))), 2),
         "crops": [list(crop) for crop in crops],
         "skull_followed": round(float((fitted.skull.confidence > 0).mean()), 3),
-        "torso_followed": round(float((fitted.torso.confidence > 0).mean()), 3),
+        "torso_followed": round(float(followed.mean()), 3),
         "part_seconds": seconds,
     }
     return Result(Verdict(level, f"Fit: {level}. {'; '.join(parts)}.", "overlay.jpg"), metrics)

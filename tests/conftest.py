@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.threads import one_blas_thread
+
+# As the command does: on busy cores a second thread only waits.
+one_blas_thread()
+
 
 @pytest.fixture(scope="session")
 def clips() -> Path:

@@ -4,8 +4,9 @@ What the mesh knows is not learned again: each Gaussian is bound to a triangle o
 expression shapes of that triangle (interpolated, fixed), and is skinned to head, torso and eyes like the head model,
 except that the share of head and torso is learned. On top come K learned vectors over mean, rotation, scale, colour
 and opacity, weighted by a tiny network of expression, pose and gaze: wrinkles, shading, hair, what the mesh lacks. And
-a small rigid twist of head and torso, linear in the same features: what the fit's poses get wrong in the same way
-whenever the same expression or pose comes back.
+a small rigid twist of the head, linear in the same features: what the fit's poses get wrong in the same way
+whenever the same expression or pose comes back. The torso has none: how it moves is seen in the frames. What it bends
+beside its rigid motion moves its Gaussians by a learned basis of their own, linear in the torso's shape.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pipeline.geometry import (
     skew,
 )
 from pipeline.mesh_render import Raster, interpolate, rasterize_mesh
+from pipeline.torso import Torso, TorsoPredictor, head_cover, torso_mask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,9 +43,9 @@ if TYPE_CHECKING:
 _BASIS_UNITS = (0.02,) * 3 + (0.3,) * 3 + (0.5,) * 3 + (0.5,) * 3 + (2.0,)
 _MEAN, _ROTATION, _SCALE, _COLOR, _OPACITY = slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12), 12
 
-# The same for a joint's twist: radians and metres; and which of the three twists (head, torso, skull) turns each joint.
+# The same for the head's twist: radians and metres; and which joints (head, torso, eyes, skull) it turns.
 _TWIST_UNITS = (0.02,) * 3 + (0.005,) * 3
-_TWISTED = [0, 1, 0, 0, 2]
+_TWISTED = (1.0, 0.0, 1.0, 1.0, 0.0)
 
 # Conditions beyond this many standard deviations of the training clip are held there: what was never seen must not
 # steer the network.
@@ -133,8 +135,13 @@ class RiggedAvatar(AvatarModel):
         self.register_buffer("neutral_T_cam_head", torch.eye(4))
         self.register_buffer("neutral_T_cam_torso", torch.eye(4))
         self.register_buffer("neutral_eyes", torch.zeros(2, 3))
+        predictor = TorsoPredictor(np.eye(4), np.eye(4), np.zeros(shape), np.zeros((6, 6 + shape)))
+        for name, array in predictor._asdict().items():
+            self.register_buffer(f"predictor_{name}", torch.from_numpy(array).float())
         self.register_buffer("units", torch.tensor(_BASIS_UNITS), persistent=False)
-        self.register_buffer("twist_units", torch.tensor(_TWIST_UNITS), persistent=False)
+        self.register_buffer(
+            "twist_units", torch.outer(torch.tensor(_TWISTED), torch.tensor(_TWIST_UNITS)), persistent=False
+        )
         self.register_buffer("follow", _following(rig), persistent=False)
         self.means = nn.Parameter(torch.zeros(n, 3))
         self.quats = nn.Parameter(torch.tensor([1.0, 0, 0, 0]).repeat(n, 1))
@@ -146,7 +153,7 @@ class RiggedAvatar(AvatarModel):
         self.basis = nn.Parameter(torch.zeros(basis_size, n * len(_BASIS_UNITS)))
         self.torso_basis = nn.Parameter(torch.zeros(shape, n * 3))
         self.driver = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, basis_size))
-        self.twists = nn.Linear(features, 18)
+        self.twist = nn.Linear(features, 6)
 
     @property
     def count(self) -> int:
@@ -160,6 +167,17 @@ class RiggedAvatar(AvatarModel):
         head, torso = self.neutral_T_cam_head, self.neutral_T_cam_torso
         neck = matrix_to_rotvec(torso[:3, :3].T @ head[:3, :3])
         return Condition(expression, head, torso, neck, self.neutral_eyes, torch.zeros_like(self.shape_scale), head)
+
+    def with_predicted_torso(self, conditions: Condition) -> Condition:
+        """T conditions of a driver without a torso, with one that moves with the head as it did in training."""
+        fields = (getattr(self, f"predictor_{name}").double().cpu().numpy() for name in TorsoPredictor._fields)
+        head = conditions.T_cam_head
+        poses, shape = (
+            torch.as_tensor(array, dtype=head.dtype, device=head.device)
+            for array in TorsoPredictor(*fields).predict(head.double().cpu().numpy())
+        )
+        neck = matrix_to_rotvec(poses[:, :3, :3].transpose(-1, -2) @ head[:, :3, :3])
+        return conditions._replace(T_cam_torso=poses, neck=neck, torso_shape=shape)
 
     def prepare(self, conditions: Condition) -> Prepared:
         """See `Prepared`."""
@@ -185,7 +203,7 @@ class RiggedAvatar(AvatarModel):
         bent = (prepared.torso_shape @ self.torso_basis).view(n, 3) * (_BEND_UNIT * joints[:, 1:2])
         rest = self.means + ridden[:, :3] + learned[:, _MEAN] + bent
         turn = 0.5 * (ridden[:, 3:] + learned[:, _ROTATION])
-        twists = self.twists(prepared.features).view(3, 6)[_TWISTED] * self.twist_units
+        twists = self.twist(prepared.features) * self.twist_units
         nudge = torch.eye(3, device=rest.device) + skew(twists[:, :3])
         rotations = prepared.rotations @ nudge
         translations = prepared.translations + (prepared.rotations @ twists[:, 3:, None]).squeeze(-1)
@@ -226,7 +244,7 @@ class RiggedAvatar(AvatarModel):
             ParameterGroup("basis", [self.basis], 2e-3, 2e-4),
             ParameterGroup("torso_basis", [self.torso_basis], 2e-3, 2e-4),
             ParameterGroup("driver", list(self.driver.parameters()), 2e-3, 2e-4),
-            ParameterGroup("twists", list(self.twists.parameters()), 1e-3, 1e-4),
+            ParameterGroup("twist", list(self.twist.parameters()), 1e-3, 1e-4),
         ]
 
     def settings(self) -> dict[str, Any]:
@@ -235,7 +253,8 @@ class RiggedAvatar(AvatarModel):
 
     def compact_weights(self) -> dict[str, Tensor]:
         """The weights as saved: half precision except where half would cost a tenth of a millimetre."""
-        exact = {"means", "feature_mean", "feature_scale", "neutral_T_cam_head", "neutral_T_cam_torso"}
+        exact = {"means", "feature_mean", "feature_scale", "shape_scale", "neutral_T_cam_head", "neutral_T_cam_torso"}
+        exact |= {f"predictor_{name}" for name in TorsoPredictor._fields}
         return {
             name: value.half() if value.is_floating_point() and name not in exact else value
             for name, value in self.state_dict().items()
@@ -298,12 +317,16 @@ class RiggedAvatar(AvatarModel):
             data.head.name,
             data.head.expression_names,
         )
-        torso = np.clip(skin[:, 1] / np.maximum(skin[:, :2].sum(1), 1e-6), 0.05, 0.95)
+        torso = np.where(seeds.torso, 1, skin[:, 1] / np.maximum(skin[:, :2].sum(1), 1e-6)).clip(0.05, 0.95)
         middle = _most_typical(features)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         with torch.no_grad():
             avatar.feature_mean.copy_(features.mean(0))
             avatar.feature_scale.copy_(features.std(0, correction=0) + _FEATURE_FLOOR)
+            followed = Torso(data.conditions.T_cam_torso.double().numpy(), shape.double().numpy(), np.ones(len(data)))
+            predictor = TorsoPredictor.fit(data.conditions.T_cam_head.double().numpy(), followed)
+            for name, array in predictor._asdict().items():
+                getattr(avatar, f"predictor_{name}").copy_(torch.from_numpy(array))
             avatar.shape_scale.copy_(shape.square().mean(0).sqrt() + _SHAPE_FLOOR_M)
             avatar.neutral_T_cam_head.copy_(data.conditions.T_cam_head[middle])
             avatar.neutral_T_cam_torso.copy_(data.conditions.T_cam_torso[middle])
@@ -320,8 +343,8 @@ class RiggedAvatar(AvatarModel):
                 if isinstance(layer, nn.Linear):
                     layer.weight.normal_(0, 1 / math.sqrt(layer.in_features), generator=generator)
                     layer.bias.zero_()
-            avatar.twists.weight.zero_()
-            avatar.twists.bias.zero_()
+            avatar.twist.weight.zero_()
+            avatar.twist.bias.zero_()
         return avatar
 
 
@@ -393,7 +416,10 @@ class _Seeds(NamedTuple):
     normal: NDArray[np.float32]
     size: NDArray[np.float32]
     color: NDArray[np.float32]
+    torso: NDArray[np.bool_]
+    """[n] of clothes and shoulders that the head does not hide."""
     skull: NDArray[np.float64]
+    """[n] how far it is hair, ears or neck rather than face."""
 
 
 class _View(NamedTuple):
@@ -407,6 +433,8 @@ class _View(NamedTuple):
     expressed: NDArray[np.float64]
     """[V,3], still in the head frame."""
     raster: Raster
+    cover: NDArray[np.bool_]
+    """[R,R] what the head may hide of the torso."""
 
     @classmethod
     def of(cls, data: TrainingData, frame: int, neutral: NDArray[np.float64], eye_centres: Tensor) -> _View | None:
@@ -418,7 +446,10 @@ class _View(NamedTuple):
         blended = np.einsum("vj,jab->vab", head.skin_weights, joints[:4])
         posed = np.einsum("vab,vb->va", blended[:, :3, :3], expressed) + blended[:, :3, 3]
         raster = rasterize_mesh(posed, head.faces, data.Ks[data.camera(frame)], size, size)
-        return cls(frame, joints, neutral, expressed, raster) if (raster.face_index >= 0).any() else None
+        if not (raster.face_index >= 0).any():
+            return None
+        cover = head_cover(posed[head.regions["head"]], data.Ks[data.camera(frame)], size, size)
+        return cls(frame, joints, neutral, expressed, raster, cover)
 
 
 def _seeds(data: TrainingData, view: _View, share: int, total: int, rng: np.random.Generator) -> _Seeds:
@@ -475,6 +506,7 @@ def _seeds(data: TrainingData, view: _View, share: int, total: int, rng: np.rand
         normal.astype(np.float32),
         (np.clip(0.6 * spacing, 0.5, 8) * depth_to_metres).astype(np.float32),
         color.astype(np.float32),
+        torso_mask(alpha, view.cover, view.joints[1], K)[rows, columns],
         skull,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,26 @@ def test_spread_frames_are_distinct_and_take_the_extremes() -> None:
     chosen = spread_frames(line, 4)
     assert len(set(chosen.tolist())) == 4
     assert {20, 41} <= set(chosen.tolist())
+
+
+def test_without_a_torso_the_head_moves_it_as_in_training(avatar: RiggedAvatar) -> None:
+    condition = conditions(clip())
+    moved = avatar.with_predicted_torso(condition._replace(T_cam_torso=torch.zeros_like(condition.T_cam_torso)))
+    spread = (condition.T_cam_torso - condition.T_cam_torso.mean(0)).square().mean()
+    assert (moved.T_cam_torso - condition.T_cam_torso).square().mean() < 0.5 * spread
+    turned = moved.T_cam_torso[:, :3, :3] @ rotvec_to_matrix(moved.neck)
+    assert torch.allclose(turned, moved.T_cam_head[:, :3, :3], atol=1e-4)
+
+
+def test_the_shape_bends_the_torso_alone() -> None:
+    data = training_data()
+    shaped = replace(data, conditions=data.conditions._replace(torso_shape=torch.linspace(-1, 1, len(data))[:, None]))
+    avatar = RiggedAvatar.start(shaped, CONFIG, np.random.default_rng(0))
+    with torch.no_grad():
+        avatar.torso_basis.fill_(1.0)
+        one = avatar.gaussians(shaped.conditions.frame(0)).means
+        bent = shaped.conditions._replace(torso_shape=shaped.conditions.torso_shape + 1)
+        other = avatar.gaussians(bent.frame(0)).means
+    share = avatar.joint_weights()[:, 1]
+    moved = (one - other).norm(dim=1)
+    assert moved[share > 0.9].min() > 3 * moved[share < 0.1].max() > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cameras import make_intrinsics
-from pipeline.overlay import LANDMARK_COLOR, front_and_side, overlay, plot_curves
+from pipeline.overlay import LANDMARK_COLOR, draw_torso, front_and_side, overlay, plot_curves
 
 SQUARE = np.array([[-0.1, -0.1, 1.0], [0.1, -0.1, 1.0], [0.1, 0.1, 1.0], [-0.1, 0.1, 1.0]])
 FACES = np.array([[0, 1, 2], [0, 2, 3]], np.int32)
@@ -62,3 +62,19 @@ def test_curves_mark_cuts(tmp_path: Path) -> None:
     plot_curves(tmp_path / "two.png", times, panels, none, (times > 1).astype(int))
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
     assert (tmp_path / "two.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+
+
+def test_the_torso_is_drawn_where_it_is_in_the_color_of_its_confidence() -> None:
+    K = np.array([[100.0, 0, 32], [0, 100, 32], [0, 0, 1]])
+    pose = np.diag([1.0, -1, -1, 1])
+    pose[2, 3] = 0.5
+    image, where = np.full((64, 64, 3), 128, np.uint8), np.zeros((64, 64), bool)
+    where[32:] = True
+    sure, unsure = (draw_torso(image, pose, K, where, confidence) for confidence in (1.0, 0.0))
+    assert (sure[:32] == 128).all()
+    assert (sure[32:] != 128).any()
+    drawn = (sure != image).any(-1)
+    assert (sure[drawn, 1] >= sure[drawn, 0]).all()
+    assert (unsure[drawn, 0] >= unsure[drawn, 1]).all()
+    pose[0, 3] += 0.05 / 2
+    assert not np.array_equal(draw_torso(image, pose, K, where, 1.0), sure)

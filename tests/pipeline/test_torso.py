@@ -84,7 +84,7 @@ def test_the_mask_is_below_the_head_and_of_the_subject() -> None:
     T_cam_torso = np.diag([1.0, -1, -1, 1])
     T_cam_torso[2, 3] = 1
     head = np.array([[x, y, 1.0] for x in (-0.1, 0.1) for y in (-0.3, 0.1)])
-    cover = head_cover(head, K, 100)
+    cover = head_cover(head, K, 100, 100)
     alpha = np.zeros((100, 100))
     alpha[:, 20:80] = 1
     mask = torso_mask(alpha, cover, T_cam_torso, K)
