@@ -35,7 +35,8 @@ def torso_poses(clip: SyntheticClip) -> np.ndarray:
 
 def conditions(clip: SyntheticClip) -> Condition:
     """The clip's true conditions."""
-    arrays = (clip.expression, clip.Ts_cam_head, torso_poses(clip), clip.neck, clip.eyes, np.zeros((len(clip.neck), 0)))
+    bend = np.zeros((len(clip.neck), 0))
+    arrays = (clip.expression, clip.Ts_cam_head, torso_poses(clip), clip.neck, clip.eyes, bend, clip.Ts_cam_head)
     return Condition(*(torch.as_tensor(array, dtype=torch.float32) for array in arrays))
 
 
@@ -57,12 +58,13 @@ def training_data(frames: int = 24) -> TrainingData:
 def write_subject(root: Path, frames: int = 24) -> Subject:
     """The decode, matte and fit files of the clip, as far as training reads them."""
     made = clip(frames)
-    for folder in ("decode/frames", "matte/alpha", "fit"):
+    for folder in ("decode", "matte/alpha", "matte/foreground", "matte/confidence", "fit"):
         (root / folder).mkdir(parents=True)
     entries = []
     for i, (image, alpha) in enumerate(zip(made.images, made.alpha, strict=True)):
-        cv2.imwrite(str(root / f"decode/frames/{i:06d}.jpg"), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+        cv2.imwrite(str(root / f"matte/foreground/{i:06d}.jpg"), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
         cv2.imwrite(str(root / f"matte/alpha/{i:06d}.png"), (alpha * 255).round().astype(np.uint8))
+        cv2.imwrite(str(root / f"matte/confidence/{i:06d}.png"), np.full(alpha.shape, 255, np.uint8))
         entries.append({"index": i, "file": f"frames/{i:06d}.jpg", "time": i / 25, "source_frame": i})
     listing = {"schema": 1, "width": SIZE, "height": SIZE, "count": frames, "frames": entries}
     (root / "decode/frames.json").write_text(json.dumps(listing))
@@ -71,6 +73,7 @@ def write_subject(root: Path, frames: int = 24) -> Subject:
         Ks=np.tile(made.K, (frames, 1, 1)),
         image_size=np.array([SIZE, SIZE]),
         Ts_cam_head=made.Ts_cam_head,
+        Ts_cam_skull=made.Ts_cam_head,
         Ts_cam_torso=torso_poses(made),
         neck=made.neck,
         eyes=made.eyes,

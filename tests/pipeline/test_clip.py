@@ -22,22 +22,23 @@ def write_subject(
     crop: tuple[float, float, float] = (-4, -6, 40),
     two_takes: bool = False,
 ) -> Subject:
-    """A subject with random frames of (width, height) and the fit of a head that stands still.
+    """A subject with random mattes of (width, height) and the fit of a head that stands still.
 
     The second of two takes has another focal length and a crop that is moved and grown by 2 px.
     """
     generator = np.random.default_rng(5)
     subject = Subject(root)
-    for folder in ("decode/frames", "matte/alpha", "fit"):
+    for folder in ("decode", "matte/alpha", "matte/foreground", "matte/confidence", "fit"):
         (root / folder).mkdir(parents=True)
     width, height = size
     entries = []
     for i in range(count):
         frame = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        alpha = generator.integers(0, 256, (height, width), dtype=np.uint8)
+        alpha, confidence = generator.integers(0, 256, (2, height, width), dtype=np.uint8)
         # PNG under the documented name: the reader goes by content, and the test needs exact pixels.
-        cv2.imencode(".png", frame[..., ::-1])[1].tofile(root / f"decode/frames/{i:06d}.jpg")
+        cv2.imencode(".png", frame[..., ::-1])[1].tofile(root / f"matte/foreground/{i:06d}.jpg")
         cv2.imwrite(str(root / f"matte/alpha/{i:06d}.png"), alpha)
+        cv2.imwrite(str(root / f"matte/confidence/{i:06d}.png"), confidence)
         entries.append({"index": i, "file": f"frames/{i:06d}.jpg", "time": i / 25, "source_frame": i})
     listing = {"schema": 1, "width": width, "height": height, "count": count, "frames": entries}
     (root / "decode/frames.json").write_text(json.dumps(listing))
@@ -51,6 +52,7 @@ def write_subject(
         Ks=Ks,
         image_size=np.array(size),
         Ts_cam_head=pose,
+        Ts_cam_skull=pose,
         Ts_cam_torso=pose,
         neck=np.zeros((count, 3), np.float32),
         eyes=np.zeros((count, 2, 3), np.float32),
@@ -91,7 +93,7 @@ def test_a_single_frame_cannot_be_split() -> None:
 def test_crops_are_composited_over_white_and_padded_outside(tmp_path: Path) -> None:
     clip = load_clip(write_subject(tmp_path / "s"), resolution=40)
     crops = load_crops(clip, [3, 1], threads=2)
-    frame = cv2.imread(str(clip.frames[1]), cv2.IMREAD_COLOR_RGB).astype(float)
+    frame = cv2.imread(str(clip.foregrounds[1]), cv2.IMREAD_COLOR_RGB).astype(float)
     alpha = cv2.imread(str(clip.alphas[1]), cv2.IMREAD_GRAYSCALE).astype(float)
     white = 255 + alpha[..., None] / 255 * (frame - 255)
     inside = crops.images[1][6:38, 4:].astype(float)
@@ -146,7 +148,7 @@ def test_every_take_has_its_own_camera(tmp_path: Path) -> None:
 
 def test_only_the_frames_asked_for_are_opened(tmp_path: Path) -> None:
     clip = load_clip(write_subject(tmp_path / "s"), resolution=16)
-    clip.frames[4].unlink()
+    clip.foregrounds[4].unlink()
     clip.alphas[5].write_bytes(b"not a picture")
     load_crops(clip, range(4))
     with pytest.raises(StageError, match=r"000004\.jpg"):

@@ -19,12 +19,14 @@ def clip(tmp_path: Path) -> Clip:
     """Eight random frames of 16 x 16 with random alpha, and random poses of a head that faces the camera."""
     rng = np.random.default_rng(0)
     count, size = 8, 16
-    frames, alphas = [], []
+    frames, alphas, confidences = [], [], []
     for i in range(count):
         frames.append(tmp_path / f"{i}.png")
         alphas.append(tmp_path / f"{i}-alpha.png")
+        confidences.append(tmp_path / f"{i}-confidence.png")
         cv2.imwrite(str(frames[-1]), rng.integers(0, 256, (size, size, 3), np.uint8))
         cv2.imwrite(str(alphas[-1]), rng.integers(0, 256, (size, size), np.uint8))
+        cv2.imwrite(str(confidences[-1]), np.full((size, size), 255, np.uint8))
     poses = np.tile(np.diag([1.0, -1, -1, 1]), (count, 1, 1))
     poses[:, :3, 3] = rng.normal([0, 0, 0.6], 0.02, (count, 3))
     return Clip(
@@ -33,6 +35,7 @@ def clip(tmp_path: Path) -> Clip:
         crops=((0, 0, size),),
         cameras=np.zeros(count, np.int64),
         Ts_cam_head=poses,
+        Ts_cam_skull=poses,
         Ts_cam_torso=poses,
         expression=rng.random((count, 52)).astype(np.float32),
         expression_names=tuple(f"e{i}" for i in range(52)),
@@ -42,8 +45,9 @@ def clip(tmp_path: Path) -> Clip:
         usable=np.ones(count, bool),
         times=np.arange(count) / 25,
         head="anny",
-        frames=tuple(frames),
+        foregrounds=tuple(frames),
         alphas=tuple(alphas),
+        confidences=tuple(confidences),
         torso_shape=np.zeros((count, 2), np.float32),
     )
 

@@ -27,13 +27,14 @@ def finished_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("finished") / "ada"
     clip = make_clip(FRAMES, WIDTH, HEIGHT, seed=4, background="plain")
-    for folder in ("decode/frames", "matte/alpha", "fit", "train"):
+    for folder in ("decode", "matte/alpha", "matte/foreground", "matte/confidence", "fit", "train"):
         (root / folder).mkdir(parents=True)
     entries = []
     for i, (image, alpha) in enumerate(zip(clip.images, clip.alpha, strict=True)):
         # PNG under the documented name: readers go by content, and the truth stays exact.
-        cv2.imencode(".png", image[..., ::-1])[1].tofile(root / f"decode/frames/{i:06d}.jpg")
+        cv2.imencode(".png", image[..., ::-1])[1].tofile(root / f"matte/foreground/{i:06d}.jpg")
         cv2.imwrite(str(root / f"matte/alpha/{i:06d}.png"), np.round(alpha * 255).astype(np.uint8))
+        cv2.imwrite(str(root / f"matte/confidence/{i:06d}.png"), np.full(alpha.shape, 255, np.uint8))
         entries.append(
             {"index": i, "file": f"frames/{i:06d}.jpg", "time": i / 25, "source_frame": i, "sharpness": 100.0}
         )
@@ -44,6 +45,7 @@ def finished_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Ks=np.tile(clip.K, (FRAMES, 1, 1)),
         image_size=np.array([WIDTH, HEIGHT]),
         Ts_cam_head=clip.Ts_cam_head,
+        Ts_cam_skull=clip.Ts_cam_head,
         Ts_cam_torso=clip.Ts_cam_head,
         neck=clip.neck,
         eyes=clip.eyes,

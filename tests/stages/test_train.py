@@ -32,15 +32,17 @@ def stage_run(subject: Subject, work: Path, **changes: object) -> StageRun:
 
 
 def poison(subject: Subject, frame: int) -> None:
-    """Make a frame's image, alpha and fit nonsense of the right form."""
+    """Make a frame's colours, alpha, confidence and fit nonsense of the right form."""
     noise = np.random.default_rng(frame).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    cv2.imwrite(str(subject.stage("decode") / f"frames/{frame:06d}.jpg"), noise)
+    cv2.imwrite(str(subject.stage("matte") / f"foreground/{frame:06d}.jpg"), noise)
     cv2.imwrite(str(subject.stage("matte") / f"alpha/{frame:06d}.png"), noise[..., 0])
+    cv2.imwrite(str(subject.stage("matte") / f"confidence/{frame:06d}.png"), noise[..., 1])
     path = subject.stage("fit") / "fit.npz"
     with np.load(path) as file:
         fit = dict(file)
     fit["expression"][frame] = 7
     fit["Ts_cam_head"][frame, :3, 3] = (1, 2, 3)
+    fit["Ts_cam_skull"][frame, :3, 3] = (2, 1, 3)
     fit["Ts_cam_torso"][frame, :3, 3] = (3, 2, 1)
     np.savez(path, **fit)
 
@@ -54,7 +56,7 @@ def test_test_frames_leave_the_weights_bit_identical(tmp_path: Path) -> None:
         if poisoned:
             for frame in test:
                 poison(subject, frame)
-            (subject.stage("decode") / "frames/000022.jpg").unlink()
+            (subject.stage("matte") / "foreground/000022.jpg").unlink()
         run = stage_run(subject, tmp_path / f"work-{name}")
         result = train.run(run)
         assert result.metrics["frames"] == len(training)
