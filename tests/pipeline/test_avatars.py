@@ -52,12 +52,13 @@ def test_gaussians_on_the_surface_ride_on_the_mesh(avatar: RiggedAvatar) -> None
         assert (error < 1e-3 + share[on_surface] * moved).all()
 
 
-def test_a_move_of_head_and_torso_moves_every_gaussian(avatar: RiggedAvatar) -> None:
+def test_a_move_of_head_skull_and_torso_moves_every_gaussian(avatar: RiggedAvatar) -> None:
     condition = conditions(clip()).frame(5)
     move = torch.from_numpy(
         make_rigid(rotvec_to_matrix(np.array([0.1, -0.7, 0.3])), np.array([0.05, 0.1, 0.2]))
     ).float()
-    moved = condition._replace(T_cam_head=move @ condition.T_cam_head, T_cam_torso=move @ condition.T_cam_torso)
+    poses = ("T_cam_head", "T_cam_skull", "T_cam_torso")
+    moved = condition._replace(**{name: move @ getattr(condition, name) for name in poses})
     before, after = avatar.gaussians(condition), avatar.gaussians(moved)
     assert torch.allclose(after.means, before.means @ move[:3, :3].T + move[:3, 3], atol=1e-5)
     turned = move[:3, :3] @ quaternion_to_matrix(before.quats)
