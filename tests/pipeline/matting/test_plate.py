@@ -60,7 +60,7 @@ def test_only_what_was_seen_is_known() -> None:
     assert not plate.known[disc(30) > 0].any()
     assert not plate.known[disc(30, radius=23) > 0].any(), "nor at the outline, which coarse alphas miss"
     assert (plate.known[:, 70:] > 0.9).all()
-    assert 0 <= plate.known.min() and plate.known.max() <= 1
+    assert plate.known.min() >= 0 and plate.known.max() <= 1
 
 
 def test_a_part_that_keeps_moving_is_not_known() -> None:

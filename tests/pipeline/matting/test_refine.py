@@ -83,7 +83,7 @@ def test_inside_the_frame_stands_as_it_is() -> None:
     np.testing.assert_array_equal(found.foreground[deep], image[deep])
     assert (found.alpha[deep] == 1).all() and not found.alpha[far].any()
     assert (found.certainty[deep] == 1).all() and (found.certainty[far] == 1).all()
-    assert 0 <= found.certainty.min() and found.certainty.max() <= 1
+    assert found.certainty.min() >= 0 and found.certainty.max() <= 1
 
 
 def test_where_both_sides_look_alike_the_network_stands() -> None:
