@@ -64,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Site, subprocess
     """A finished subject, made where only loopback is; with the run's answer and what tried to leave the machine."""
     from pipeline.assets import ensure_assets, find_asset
 
-    ensure_assets(["single_face", "face_landmarker", "palm_detection", "hand_landmark", "u2netp"])
+    ensure_assets(["single_face", "face_landmarker", "palm_detection", "hand_landmark", "selfie_segmentation"])
     folder = tmp_path_factory.mktemp("end-to-end")
     site = Site(folder, find_asset("single_face").path)
     counter = folder / "unrouted"

@@ -66,6 +66,43 @@ def test_a_move_of_head_skull_and_torso_moves_every_gaussian(avatar: RiggedAvata
     assert torch.equal(after.scales, before.scales)
 
 
+def test_the_skull_takes_the_hair_along_and_leaves_the_face(avatar: RiggedAvatar) -> None:
+    condition = conditions(clip()).frame(5)
+    turn = torch.from_numpy(make_rigid(rotvec_to_matrix(np.array([0.1, -0.15, 0.05])), np.zeros(3))).float()
+    turned = condition._replace(T_cam_skull=condition.T_cam_head @ turn)
+    before, after = avatar.gaussians(condition), avatar.gaussians(turned)
+    weights = avatar.joint_weights()
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
+    skull, torso = weights[:, 4], weights[:, 1]
+    hair, face = (skull > 0.85) & (torso < 0.1), skull + torso < 0.15
+    assert hair.sum() > 10 and face.sum() > 100
+    to_head = torch.linalg.inv(condition.T_cam_head)
+    in_head = before.means @ to_head[:3, :3].T + to_head[:3, 3]
+    wanted = (in_head @ turn[:3, :3].T + turn[:3, 3]) - in_head
+    moved = (after.means - before.means) @ to_head[:3, :3].T
+    # Each goes as far as its share of the skull, exactly.
+    near = torso < 0.1
+    torch.testing.assert_close(moved[near], (skull[:, None] * wanted)[near], rtol=0, atol=2e-3)
+    assert (moved[hair] - wanted[hair]).norm(dim=1).mean() < 0.2 * wanted[hair].norm(dim=1).mean()
+    assert moved[face].norm(dim=1).mean() < 0.15 * wanted[face].norm(dim=1).mean()
+    # Gaussians of face and eyes start on the face.
+    assert weights[avatar.rig_eyes.sum(1) > 0.99, 4].max() < 0.02
+
+
+def test_without_a_skull_of_its_own_the_head_carries_all(avatar: RiggedAvatar) -> None:
+    condition = conditions(clip()).frame(5)
+    assert torch.equal(condition.T_cam_skull, condition.T_cam_head)
+    one = avatar.gaussians(condition)
+    logits = avatar.skull_logits.clone()
+    try:
+        avatar.skull_logits.fill_(-20)
+        other = avatar.gaussians(condition)
+    finally:
+        avatar.skull_logits.copy_(logits)
+    torch.testing.assert_close(one.means, other.means, rtol=0, atol=1e-6)
+    torch.testing.assert_close(quaternion_to_matrix(one.quats), quaternion_to_matrix(other.quats), rtol=0, atol=1e-5)
+
+
 def test_eyes_turn_about_their_centres() -> None:
     driven = conditions(clip())
     centres = torch.tensor([[0.03, 0.04, 0.08], [-0.03, 0.04, 0.08]])

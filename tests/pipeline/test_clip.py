@@ -103,6 +103,29 @@ def test_crops_are_composited_over_white_and_padded_outside(tmp_path: Path) -> N
     assert (crops.images[1][:, :4] == 255).all() and (crops.images[1][38:] == 255).all()
 
 
+def test_crops_carry_how_sure_the_alphas_are(tmp_path: Path) -> None:
+    clip = load_clip(write_subject(tmp_path / "s"), resolution=40)
+    sure = load_crops(clip, [3, 1], threads=2).confidences
+    written = cv2.imread(str(clip.confidences[1]), cv2.IMREAD_GRAYSCALE)
+    assert sure.shape == (2, 40, 40) and sure.dtype == np.uint8
+    assert np.array_equal(sure[1][6:38, 4:], written[:, :36])
+    outside = load_clip(Subject(tmp_path / "s"), 40).inside()[0] == 0
+    assert (sure[:, outside] == 255).all()
+    small = load_crops(load_clip(Subject(tmp_path / "s"), 20), [3]).confidences[0].astype(float)
+    mean = sure[0].astype(float).reshape(20, 2, 20, 2).mean((1, 3))
+    assert np.abs(small - mean).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["foregrounds", "confidences"])
+def test_a_matte_whose_images_differ_in_size_is_refused(tmp_path: Path, name: str) -> None:
+    clip = load_clip(write_subject(tmp_path / "s"), resolution=16)
+    path = getattr(clip, name)[2]
+    cv2.imencode(".png", np.zeros((31, 48, 3), np.uint8))[1].tofile(path)
+    load_crops(clip, [1])
+    with pytest.raises(StageError, match=rf"{path.name}' has \(48, 31\) pixels, its alpha \(48, 32\)"):
+        load_crops(clip, [2])
+
+
 def test_inside_is_what_the_frame_shows_of_the_crop(tmp_path: Path) -> None:
     # 48 x 32 pixels seen through a square of 40 from (-4, -6): columns 4 to 40, rows 6 to 38.
     expected = np.zeros((40, 40))
@@ -150,6 +173,8 @@ def test_only_the_frames_asked_for_are_opened(tmp_path: Path) -> None:
     clip = load_clip(write_subject(tmp_path / "s"), resolution=16)
     clip.foregrounds[4].unlink()
     clip.alphas[5].write_bytes(b"not a picture")
+    clip.confidences[4].unlink()
+    clip.confidences[5].write_bytes(b"neither")
     load_crops(clip, range(4))
     with pytest.raises(StageError, match=r"000004\.jpg"):
         load_crops(clip, [4])
@@ -163,6 +188,7 @@ def test_damaged_fits_are_refused_with_the_array_named(tmp_path: Path) -> None:
     good = dict(np.load(path))
     for name, value, says in (
         ("neck", good["neck"][:-1], r"'neck' has shape \[5, 3\], not \[6, 3\]"),
+        ("Ts_cam_skull", None, "no 'Ts_cam_skull'"),
         ("expression", np.full_like(good["expression"], np.nan), "'expression' holds values that are not finite"),
         ("eyes", None, "no 'eyes'"),
         ("crops", np.zeros((6, 3)), "sides of 0 px"),

@@ -86,6 +86,61 @@ def test_the_frames_edge_is_not_learned_as_the_subjects() -> None:
     assert whole.alpha.detach()[48:50][torch.from_numpy(data.alphas[0][48:50] == 255)].mean() > 0.3
 
 
+def test_what_is_not_sure_counts_less() -> None:
+    """Where every second frame is poisoned, it pulls weights and render the less the less it is believed."""
+    clean = training_data()
+    poisoned = np.zeros(clean.alphas.shape, bool)
+    poisoned[::2, 20:34, 24:40] = True
+    images = clean.images.copy()
+    images[poisoned] = (0, 255, 0)
+
+    def trained(pixels: np.ndarray, confidence: int) -> Trainer:
+        sure = np.where(poisoned, confidence, 255).astype(np.uint8)
+        config = CONFIG.model_copy(update={"steps": 150})
+        trainer = Trainer(dataclasses.replace(clean, images=pixels, confidences=sure), config, threads=1)
+        run(trainer, 150)
+        return trainer
+
+    pulled, green = [], []
+    for confidence in (255, 0):
+        with_poison, without = trained(images, confidence), trained(clean.images, confidence)
+        colors = [trainer.avatar.get_parameter("colors").detach() for trainer in (with_poison, without)]
+        pulled.append(float((colors[0] - colors[1]).norm()))
+        off = [(with_poison.render(frame) - without.render(frame))[20:34, 24:40].abs().mean() for frame in (1, 5, 13)]
+        green.append(float(torch.stack(off).mean()))
+    assert pulled[1] < pulled[0]
+    assert green[1] < 0.5 * green[0]
+
+
+def test_confidence_weighs_between_guessed_and_sure() -> None:
+    data = training_data()
+    confidences = np.full(data.alphas.shape, 255, np.uint8)
+    confidences[:, :32] = 0
+    confidences[3] = 100
+    trainer = Trainer(dataclasses.replace(data, confidences=confidences), CONFIG, threads=1)
+    full, coarse = trainer._levels
+    for level in (full, coarse):
+        weight = level.weight(0)
+        assert weight is not None and weight.shape == (level.size, level.size)
+        half = level.size // 2
+        assert (weight[:half] == training.GUESSED_WEIGHT).all()
+        torch.testing.assert_close(weight[half:], torch.ones_like(weight[half:]))
+        assert level.weight(3).mean().item() == pytest.approx(0.25 + 0.75 * 100 / 255, abs=1e-5)
+    assert Trainer(data, CONFIG, threads=1)._levels[0].weight(0) is None
+
+
+def test_another_confidence_is_another_clip(tmp_path: Path) -> None:
+    data = training_data()
+    sure = np.full(data.alphas.shape, 255, np.uint8)
+    trainer = Trainer(dataclasses.replace(data, confidences=sure), CONFIG, threads=1)
+    trainer.save_checkpoint(tmp_path)
+    unsure = sure.copy()
+    unsure[7, 3, 3] = 0
+    with pytest.raises(StageError, match="clip"):
+        Trainer(dataclasses.replace(data, confidences=unsure), CONFIG, threads=1).resume(tmp_path)
+    assert Trainer(dataclasses.replace(data, confidences=sure), CONFIG, threads=1).resume(tmp_path)
+
+
 def test_every_camera_sees_through_its_own_lens() -> None:
     data = training_data()
     taken_by = np.arange(len(data)) % 2

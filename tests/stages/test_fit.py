@@ -98,6 +98,8 @@ def test_files_are_what_the_layout_promises(finished: tuple[Subject, Result]) ->
         "Ks": (FRAMES, 3, 3),
         "image_size": (2,),
         "Ts_cam_head": (FRAMES, 4, 4),
+        "Ts_cam_skull": (FRAMES, 4, 4),
+        "skull_confidence": (FRAMES,),
         "Ts_cam_torso": (FRAMES, 4, 4),
         "torso_shape": (FRAMES, 4),
         "torso_confidence": (FRAMES,),
