@@ -141,11 +141,11 @@ def test_asset_commands(tmp_path: Path) -> None:
 
 def test_asset_with_a_wrong_hash_blocks_the_doctor(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "u2netp.onnx").write_bytes(b"not a model")
+    (tmp_path / "cache" / "selfie_segmentation.tflite").write_bytes(b"not a model")
     done = headcast("doctor", "--json", cwd=tmp_path, HEADCAST_CACHE=str(tmp_path / "cache"))
     document = json.loads(done.stdout)
     assert (done.returncode, document["level"]) == (2, "blocked")
-    assert [f["fix"] for f in document["findings"] if "u2netp has wrong bytes" in f["what"]]
+    assert [f["fix"] for f in document["findings"] if "selfie_segmentation has wrong bytes" in f["what"]]
 
 
 @pytest.mark.prefect
