@@ -312,7 +312,8 @@ def _training_data(size: int) -> TrainingData:
 
     clip = make_clip(STEP_FRAMES, size, size, seed=0, background="plain", supersample=1)
     over_white = clip.images + (1 - clip.alpha[..., None]) * 255 * (1 - clip.background)
-    arrays = (clip.expression, clip.Ts_cam_head, clip.Ts_cam_head, 0 * clip.neck, clip.eyes, np.zeros((STEP_FRAMES, 0)))
+    heads, bend = clip.Ts_cam_head, np.zeros((STEP_FRAMES, 0))
+    arrays = (clip.expression, heads, heads, 0 * clip.neck, clip.eyes, bend, heads)
     return TrainingData(
         images=over_white.round().clip(0, 255).astype(np.uint8),
         alphas=(clip.alpha * 255).round().astype(np.uint8),

@@ -290,7 +290,7 @@ def test_a_model_that_cannot_matte_is_refused_with_the_reason(network: Path) -> 
         with pytest.raises(UserError) as caught:
             matting_asset(model)
         assert caught.value.what == f"'{model}' cannot be the matting model: {why}."
-        assert caught.value.fix == "choose with --set matte.model=NAME one of: u2netp, net"
+        assert caught.value.fix == "choose with --set matte.model=NAME one of: selfie_segmentation, u2netp, net"
 
 
 def test_the_networks_are_rembgs() -> None:
