@@ -168,7 +168,7 @@ def finish(run: StageRun, trainer: Trainer, frames: int) -> Result:
 
 STAGE = Stage(
     name="train",
-    version=2,
+    version=3,
     inputs=("decode", "matte", "fit"),
     run=run,
     reads=("evaluate.holdout", "evaluate.min_holdout_frames"),
