@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +26,7 @@ if TYPE_CHECKING:
 def open_network(model: str) -> Iterator[Predict]:
     """The network of this name, from an image [H, W, 3] to its alpha [H, W], on one CPU thread; safe from any thread.
 
-    u2netp runs without rembg, whose import alone takes seconds, and several times faster where OpenVINO is installed
-    (`headcast[openvino]`); the others are rembg's by name.
+    u2netp runs without rembg, whose import alone takes seconds; the others are rembg's by name.
 
     Raises:
         UserError: there is no such model, or its file has wrong bytes.
@@ -40,9 +37,6 @@ def open_network(model: str) -> Iterator[Predict]:
             yield network
         return
     file = asset_path(matting_asset(model), fetch=False)
-    if model == U2NETP and importlib.util.find_spec("openvino"):
-        yield partial(_u2net, _openvino(file))
-        return
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -50,9 +44,7 @@ def open_network(model: str) -> Iterator[Predict]:
     options.log_severity_level = 3
     providers = ["CPUExecutionProvider"]
     if model == U2NETP:
-        session = onnxruntime.InferenceSession(str(file), options, providers=providers)
-        names = [session.get_outputs()[0].name], session.get_inputs()[0].name
-        yield partial(_u2net, lambda tensor: session.run(names[0], {names[1]: tensor})[0])
+        yield partial(_u2net, onnxruntime.InferenceSession(str(file), options, providers=providers))
         return
     import rembg
     from PIL import Image as Pillow
@@ -62,30 +54,14 @@ def open_network(model: str) -> Iterator[Predict]:
     yield lambda image: np.asarray(session.predict(Pillow.fromarray(image))[0].convert("L"), np.uint8)
 
 
-def _openvino(file: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """A network run by OpenVINO, in bfloat16 where the processor can (off by 0.02 at most), a request a thread."""
-    import openvino
-
-    settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 1}
-    network = openvino.Core().compile_model(str(file), "CPU", settings)
-    mine = threading.local()
-
-    def run(tensor: NDArray[np.float32]) -> NDArray[np.float32]:
-        if not hasattr(mine, "request"):
-            mine.request = network.create_infer_request()
-        return np.asarray(mine.request.infer({0: tensor})[0], np.float32)
-
-    return run
-
-
-def _u2net(run: Callable[[NDArray[np.float32]], NDArray[np.float32]], image: Image) -> Image:
+def _u2net(session: Any, image: Image) -> Image:
     """U2-Net as rembg runs it: 320 x 320, ImageNet's mean and deviation, the answer stretched to [0, 1]."""
     import cv2
 
     small = cv2.resize(image, (320, 320), interpolation=cv2.INTER_AREA).astype(np.float32)
     even = (small / max(float(small.max()), 1e-6) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
     tensor = even.transpose(2, 0, 1)[None].astype(np.float32)
-    answer = run(tensor)[0, 0]
+    answer = session.run([session.get_outputs()[0].name], {session.get_inputs()[0].name: tensor})[0][0, 0]
     answer = (answer - answer.min()) / max(float(answer.max() - answer.min()), 1e-6)
     size = (image.shape[1], image.shape[0])
     return np.asarray(np.clip(cv2.resize(answer, size, interpolation=cv2.INTER_CUBIC), 0, 1) * 255 + 0.5, np.uint8)
