@@ -46,7 +46,7 @@ GRID = (6, 4)
 GRID_STIFFNESS, MODE_STIFFNESS = 1e-4, 1e-5
 # How much a departure from what the head predicts costs against a measurement of full confidence: for its bending
 # from frame to frame, and for being there at all, which tells in long gaps only.
-BEND_WEIGHT, STAY_WEIGHT = 0.2, 1e-4
+BEND_WEIGHT, STAY_WEIGHT = 0.02, 1e-5
 # A turn by a radian counts like a move by this many metres; and the move that says something about the torso.
 TURN_M, RIDGE_M = 0.2, 0.001
 
