@@ -64,7 +64,7 @@ def _trust(moved: NDArray[np.uint8], grey: NDArray[np.uint8]) -> NDArray[np.floa
     """[h, w] 1 where a moved frame shows what the other does, 0 where it does not: uncovered ground, lost motion."""
     import cv2
 
-    misfit = cv2.dilate(cv2.blur(cv2.absdiff(moved, grey), (3, 3)), np.ones((5, 5))).astype(np.float32)
+    misfit = cv2.blur(cv2.absdiff(moved, grey), (5, 5)).astype(np.float32)
     low, high = MISFIT
     return np.clip((high - misfit) / (high - low), 0, 1)
 
