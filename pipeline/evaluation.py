@@ -116,7 +116,12 @@ def regional_psnr(truth: Picture, picture: Picture, head: NDArray[np.bool_]) -> 
 
 
 def score(
-    truth: Picture, picture: Picture, head: NDArray[np.bool_], flip: NDArray[np.floating[Any]], lpips: Measure | None
+    truth: Picture,
+    picture: Picture,
+    head: NDArray[np.bool_],
+    flip: NDArray[np.floating[Any]],
+    lpips: Measure | None,
+    confidence: NDArray[np.uint8],
 ) -> dict[str, float | None]:
     """Every figure of one frame; None where one cannot be had.
 
@@ -125,12 +130,16 @@ def score(
         head: [R,R] the head's pixels.
         flip: [R,R] their `metrics.flip_map`.
         lpips: the distance, where its weights are there.
+        confidence: [R,R] how sure the frame's alpha is; weighs `psnr_sure`.
     """
     side = min(truth.image.shape[:2])
     error = metrics.squared_error(truth.image, picture.image)
     partial = (truth.alpha > PARTIAL_ALPHA[0]) & (truth.alpha < PARTIAL_ALPHA[1])
     return {
         **regional_psnr(truth, picture, head),
+        "psnr_sure": metrics.psnr_of(float((error * confidence).sum() / confidence.sum()))
+        if confidence.any()
+        else None,
         "ssim": metrics.ssim(truth.image, picture.image),
         "ms_ssim": metrics.ms_ssim(truth.image, picture.image) if side >= metrics.MS_SSIM_MIN_SIDE else None,
         "l1": metrics.l1(truth.image, picture.image),

@@ -21,7 +21,7 @@ SCHEMA = 1
 TRAIN_FRAMES_MEASURED = 20
 WORST_FRAMES = TYPICAL_FRAMES = 3
 REGIONS = ("psnr", "psnr_subject", "psnr_head", "psnr_torso")
-FIGURES = (*REGIONS, "ssim", "ms_ssim", "l1", "flip", "lpips")
+FIGURES = (*REGIONS, "psnr_sure", "ssim", "ms_ssim", "l1", "flip", "lpips")
 
 
 class Span(NamedTuple):
@@ -148,9 +148,10 @@ def _measure_frames(
     with run.reporter.task("evaluate", len(frames), "frames", len(frames) - len(missing)) as task:
         for frame, head in zip(missing, regions, strict=True):
             run.check_stop()
-            truth, picture = Picture.of(load_crops(clip, [frame]), 0), renderer.render(frame)
+            crops = load_crops(clip, [frame])
+            truth, picture = Picture.of(crops, 0), renderer.render(frame)
             flip = flip_map(truth.image, picture.image)
-            figures = score(truth, picture, head, flip, lpips)
+            figures = score(truth, picture, head, flip, lpips, crops.confidences[0])
             image = (picture.image * 255 + 0.5).astype(np.uint8)
             _store(run, frame, Measured(figures, image, head, flip.astype(np.float16)))
             task.advance(note=f"PSNR {figures['psnr']:.1f} dB")

@@ -86,13 +86,30 @@ def test_small_turns_about_half_a_turn_stay_small(clip: Clip) -> None:
     assert nearest_by_parameters(still, np.arange(6), np.array([6, 7])).tolist() == [1, 1]
 
 
+SURE = np.full((32, 32), 255, np.uint8)
+
+
+def test_a_doubtful_pixel_counts_less() -> None:
+    truth = Picture(np.full((32, 32, 3), 0.5, np.float32), np.ones((32, 32), np.float32))
+    wrong = truth.image.copy()
+    wrong[:16] += 0.2
+    doubtful = SURE.copy()
+    doubtful[:16] = 85
+    head, flip = np.ones((32, 32), bool), np.zeros((32, 32))
+    sure = score(truth, Picture(wrong, truth.alpha), head, flip, None, SURE)
+    less = score(truth, Picture(wrong, truth.alpha), head, flip, None, doubtful)
+    assert sure["psnr_sure"] == pytest.approx(sure["psnr"])
+    assert less["psnr_sure"] == pytest.approx(-10 * np.log10(0.04 / 4), abs=1e-4)
+    assert score(truth, truth, head, flip, None, 0 * SURE)["psnr_sure"] is None
+
+
 def test_a_perfect_render_scores_perfectly() -> None:
     rng = np.random.default_rng(1)
     alpha = np.zeros((32, 32), np.float32)
     alpha[8:24, 8:24], alpha[8, 8:24] = 1, 0.5
     truth = Picture(rng.random((32, 32, 3)).astype(np.float32), alpha)
     flip = np.zeros((32, 32))
-    figures = score(truth, truth, alpha > 0.5, flip, lambda a, b: float(np.abs(a - b).mean()))
+    figures = score(truth, truth, alpha > 0.5, flip, lambda a, b: float(np.abs(a - b).mean()), SURE)
     regions = {figures[name] for name in ("psnr", "psnr_subject", "psnr_head", "psnr_torso")}
     assert regions == {metrics.PSNR_CAP_DB}
     assert figures["ssim"] == pytest.approx(1)
@@ -108,7 +125,7 @@ def test_regions_see_their_own_errors_only() -> None:
     wrong[8] += 0.2  # half of this row is of partial alpha, the rest of it is background
     head = np.zeros((32, 32), bool)
     head[12:20, 12:20] = True
-    figures = score(truth, Picture(wrong, alpha), head, np.full((32, 32), 0.25), None)
+    figures = score(truth, Picture(wrong, alpha), head, np.full((32, 32), 0.25), None, SURE)
     assert (figures["flip"], figures["psnr_head"]) == (0.25, metrics.PSNR_CAP_DB)
     assert figures["psnr"] == pytest.approx(-10 * np.log10(0.04 / 32), abs=1e-4)
     assert figures["psnr_subject"] == pytest.approx(-10 * np.log10(0.04 / 16), abs=1e-4)
@@ -116,7 +133,7 @@ def test_regions_see_their_own_errors_only() -> None:
     assert figures["psnr_torso"] == pytest.approx(-10 * np.log10(0.04 * 16 / (256 - 64)), abs=1e-4)
     assert figures["squared_error_partial_alpha"] == pytest.approx(0.5 * figures["squared_error"])
     nobody = Picture(truth.image, np.zeros((32, 32), np.float32))
-    figures = score(nobody, nobody, np.zeros((32, 32), bool), np.zeros((32, 32)), None)
+    figures = score(nobody, nobody, np.zeros((32, 32), bool), np.zeros((32, 32)), None, SURE)
     assert figures["psnr_subject"] is figures["psnr_torso"] is None
 
 
