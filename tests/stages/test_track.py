@@ -38,7 +38,7 @@ from stages import decode, track
 @pytest.fixture(scope="module", autouse=True)
 def model() -> Iterator[None]:
     """The stage's models, fetched before it works, as a run does; and no recognition model of the user's."""
-    ensure_assets(track.STAGE.assets)
+    ensure_assets(track.STAGE.assets(Config()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INSIGHTFACE_HOME", "/nonexistent")
         yield
