@@ -149,9 +149,10 @@ def test_a_run_needs_the_model_it_asks_for_and_none_for_alphas_of_ones_own() -> 
         config = Config(matte=MatteConfig(**changes))
         return {name for stage in STAGES for name in stage.assets(config)}
 
-    assert needed() == {"face_landmarker", "u2netp"}
-    assert needed(model="isnet-general-use") == {"face_landmarker", "isnet-general-use"}
-    assert needed(alpha="0" * 64) == {"face_landmarker"}
+    tracker = {"face_landmarker", "palm_detection", "hand_landmark"}
+    assert needed() == tracker | {"selfie_segmentation"}
+    assert needed(model="isnet-general-use") == tracker | {"isnet-general-use"}
+    assert needed(alpha="0" * 64) == tracker
 
 
 def test_a_model_that_is_none_is_refused_before_anything_is_made(tmp_path: Path, videos: tuple[Path, Path]) -> None:

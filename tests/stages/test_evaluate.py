@@ -41,7 +41,9 @@ def test_metrics_have_every_key_and_true_figures(
     regions = {"psnr", "psnr_subject", "psnr_head", "psnr_torso"}
     assert (found["schema"], found["subject"], found["resolution"]) == (1, "ada", [64, 64])
     assert found["split"] == {"train": [0, 13], "test": [14, 23]}
-    assert set(found["test"]) == regions | {"ssim", "ms_ssim", "l1", "flip", "lpips"}
+    assert set(found["test"]) == regions | {"psnr_sure", "ssim", "ms_ssim", "l1", "flip", "lpips"}
+    # The fixture's alphas are sure everywhere.
+    assert found["test"]["psnr_sure"] == pytest.approx(found["test"]["psnr"], abs=1e-3)
     assert set(found["baselines"]) == {"nearest_train_frame", "nearest_by_parameters", "mean_frame"}
     assert all(set(row) == regions for row in found["baselines"].values())
     assert set(found["train"]) == {"psnr"}
