@@ -39,7 +39,7 @@ STEPS, STEP_PX = 10, 0.01
 # Moves right, down and forward, and turns about the same axes, and what the square of each, in pixels, costs in squared
 # difference: nodding and shaking look like moving, so they have to be worth it.
 DEGREES = 6
-STIFFNESS = np.array([1e-6, 1e-6, 1e-6, 3e-5, 3e-5, 1e-6])
+STIFFNESS = np.array([1e-6, 1e-6, 1e-5, 1e-4, 1e-4, 1e-6])
 # Mean weight of the points from which a frame's skull is believed.
 MIN_CONFIDENCE = 0.6
 LEAST_POINTS = 200

@@ -148,13 +148,32 @@ class _VideoFrame(Frame):
         return self._converted("rgb24", width, height)
 
     def _alpha(self) -> NDArray[np.uint8] | None:
-        if not any(component.is_alpha for component in self._twin.format.components):
+        about = next((component for component in self._twin.format.components if component.is_alpha), None)
+        if about is None:
             return None
-        # Not by way of RGBA: swscale (FFmpeg 8) leaves out the last columns of YUVA 4:2:0's alpha at some widths.
+        # Planes are read as they are: swscale (FFmpeg 8) leaves out the last columns of their alpha at some widths.
+        if len(self._twin.planes) == 4:
+            return np.ascontiguousarray(_upright(self._alpha_plane(about.bits), self._turn))
         plane = self._reformatted(self._twin, "ya8", self.width, self.height).planes[0]
         height, width = (self.height, self.width) if self._turn[0] else (self.width, self.height)
         pairs = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : 2 * width]
         return np.ascontiguousarray(_upright(pairs[:, 1::2], self._turn))
+
+    def _alpha_plane(self, bits: int) -> NDArray[np.uint8]:
+        """The fourth plane of the frame as it is stored, with square pixels, 0 to 255; deeper ones are rounded."""
+        import cv2
+
+        plane, kind = self._twin.planes[3], np.dtype("<u2" if bits > 8 else "u1")
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
+            : plane.height, : plane.width * kind.itemsize
+        ]
+        values = np.ascontiguousarray(rows).view(kind)
+        if bits > 8:
+            most = (1 << bits) - 1
+            values = ((values.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
+        if values.shape[::-1] != self._stored:
+            values = cv2.resize(values, self._stored, interpolation=cv2.INTER_LINEAR)
+        return np.asarray(values, np.uint8)
 
     def _converted(self, pixel_format: str, width: int, height: int) -> NDArray[Any]:
         """The upright picture in a full-range format."""

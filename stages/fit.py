@@ -279,7 +279,8 @@ def _with_torso_and_skull(run: StageRun, fitted: _Fitted, crops: list[tuple[int,
 
     def picture(index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         width, height = frames.contents[index]
-        return frames.picture(index), frames.alpha(index, run.subject.stage("matte"))[:height, :width]
+        matte = run.subject.stage("matte")
+        return frames.foreground(index, matte)[:height, :width], frames.alpha(index, matte)[:height, :width]
 
     with run.reporter.task("torso and skull", 4 * len(frames), "looks") as task:
 

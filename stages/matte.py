@@ -517,7 +517,7 @@ def _verdict(
         f"edge jitter {flicker:.2f} px, {100 * partial_share:.0f} % of the subject half transparent"
     )
     if about.get("still_camera") is False:
-        text += "; the camera or the background moves, so there is no clean plate"
+        text += "; no clean plate of what is behind: the camera or the background moves, or too little of it is seen"
     touched = np.array([_touch_mark(clip.run, index).exists() for index in range(len(clip.frames))])
     text = "; ".join([text, *touch_words(touched)])
     if lost.any():

@@ -72,7 +72,7 @@ def _trust(moved: NDArray[np.uint8], grey: NDArray[np.uint8]) -> NDArray[np.floa
 def fuse(alphas: Sequence[NDArray[np.uint8]], motion: Motion) -> list[NDArray[np.uint8]]:
     """The alphas [H, W] of a run of frames, each with its neighbours' before and after, those near counting more.
 
-    A recursive average forward and one backward in time: zero phase, so nothing lags.
+    A recursive average forward and one backward in time: inside a run nothing lags; at its ends one side is missing.
     """
     count = len(alphas)
     forward, backward = [alphas[0]], [alphas[-1]]

@@ -130,7 +130,8 @@ def test_any_strides() -> None:
         with_gradients(kernel(3), (means, coefficients, viewmat), weights.contiguous()),
         strict=True,
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        # Torch's own sums round in another order on other processors, where terms of about 1 cancel.
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=4e-6)
 
 
 def test_results_do_not_depend_on_threads() -> None:

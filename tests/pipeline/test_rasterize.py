@@ -554,7 +554,8 @@ def test_two_processes_and_their_forked_children_render() -> None:
         assert process.exitcode == 0
     expected = _sum_of_gradients(threads=1)
     for _ in processes:
-        assert set(answers.get()) == {expected}
+        # Torch sums in another order with another number of threads, on some processors.
+        assert answers.get() == pytest.approx([expected] * 2, rel=1e-6)
 
 
 # The interface.

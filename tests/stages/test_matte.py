@@ -353,7 +353,7 @@ def test_whether_the_camera_stands_is_told(
     answering(monkeypatch, own, alphas)
     result, _ = matted(own, tmp_path / "work", padding=0)
     assert result.metrics["still_camera"] is (pixels == 0)
-    said = "the camera or the background moves, so there is no clean plate" in result.verdict.text
+    said = "no clean plate of what is behind: the camera or the background moves" in result.verdict.text
     assert said == (pixels > 0)
 
 
