@@ -352,7 +352,8 @@ def _cut_chunk(clip: Clip, network: Network, padding: float, chunk: Chunk, on_fr
 
     shot = next(stretch for stretch in clip.runs() if chunk.frames[0] in stretch)
     near = range(max(chunk.frames[0] - REACH, shot[0]), min(chunk.frames[-1] + REACH, shot[-1]) + 1)
-    motion = Motion([clip.frames.image(i) for i in near])
+    images = [clip.frames.image(i) for i in near]
+    motion = Motion(images)
     coarse = [network.alpha(i, padding) for i in near]
     if clip.config.fuse:
         coarse = fuse(coarse, motion)
@@ -363,8 +364,8 @@ def _cut_chunk(clip: Clip, network: Network, padding: float, chunk: Chunk, on_fr
         if index not in near:
             return None
         if index not in cuts:
-            image, alpha = clip.frames.image(index), coarse[index - near[0]]
-            fine = refine(image, _share(alpha), chunk.plate)
+            place = index - near[0]
+            fine = refine(images[place], _share(coarse[place]), chunk.plate)
             cuts[index] = Cut(_bytes(fine.alpha), fine.foreground, _bytes(fine.certainty))
         return cuts[index]
 
@@ -378,8 +379,8 @@ def _cut_chunk(clip: Clip, network: Network, padding: float, chunk: Chunk, on_fr
         confidence = this.confidence
         if came is not None and goes is not None:
             confidence = np.minimum(confidence, 255 - np.maximum(came, goes) + np.minimum(came, goes))
-        image = clip.frames.image(index)
-        _save(clip, index, Cut(_owned(clip, index, image, alpha), this.foreground, confidence))
+        owned = _owned(clip, index, images[place], alpha)
+        _save(clip, index, Cut(owned, this.foreground, confidence))
         cuts.pop(index - 1, None)
         on_frame(1)
 
