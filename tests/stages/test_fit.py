@@ -43,12 +43,13 @@ def write_subject(root: Path, **changes: np.ndarray) -> Subject:
     """Decode and track files of a synthetic clip; `changes` replace arrays of `track.npz`."""
     made = clip()
     (root / "decode/frames").mkdir(parents=True)
-    for folder in ("track", "matte/alpha"):
+    for folder in ("track", "matte/alpha", "matte/foreground"):
         (root / folder).mkdir(parents=True)
     entries = []
     for i, image in enumerate(made.images):
         cv2.imwrite(str(root / f"matte/alpha/{i:06d}.png"), (255 * made.alpha[i]).round().astype(np.uint8))
-        cv2.imwrite(str(root / f"decode/frames/{i:06d}.jpg"), image[..., ::-1])
+        for folder in ("decode/frames", "matte/foreground"):
+            cv2.imwrite(str(root / f"{folder}/{i:06d}.jpg"), image[..., ::-1])
         entries.append(
             {"index": i, "file": f"frames/{i:06d}.jpg", "time": i / 25, "source_frame": i, "sharpness": 50.0}
         )
