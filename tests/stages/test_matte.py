@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from discs import disc, textured
 from face_clips import Image, decoded_subject, empty_room, face_frames, stage_run
 
 from pipeline.assets import asset_path
@@ -397,23 +398,6 @@ def test_the_network_sees_only_what_is_picture(
     alpha = matte.Network(clip, lambda image: pytest.fail("not through the border")).alpha(0, 0.1)
     assert shapes == [(100, 200, 3)]
     assert (alpha[:100, :200] == 200).all() and alpha.sum() == 200 * 100 * 200
-
-
-def disc(x: float, y: float, radius: float = 40, shape: tuple[int, int] = (160, 160)) -> Image:
-    row, column = np.mgrid[: shape[0], : shape[1]] + 0.5
-    return (np.clip(radius - np.hypot(column - x, row - y) + 0.5, 0, 1) * 255).astype(np.uint8)
-
-
-def textured(x: float, y: float) -> Image:
-    """A patterned disc before a patterned ground."""
-    rng = np.random.default_rng(3)
-    ground, pattern = (
-        cv2.resize(rng.integers(0, 255, (20, 20, 3)).astype(np.uint8), (160, 160), interpolation=cv2.INTER_CUBIC)
-        for _ in range(2)
-    )
-    moved = cv2.warpAffine(pattern, np.float32([[1, 0, x - 80], [0, 1, y - 80]]), (160, 160))
-    share = disc(x, y)[..., None] / 255
-    return (moved * share + ground * (1 - share)).astype(np.uint8)
 
 
 def test_where_both_sides_disagree_the_network_is_asked(tmp_path: Path) -> None:
