@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.errors import UserError
 
 Preset = Literal["quick", "standard", "best"]
+Avatar = Literal["rigged"]
 Head = Literal["anny", "flame", "flame2023open", "flame2023", "flame2020", "gnm"]
 PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
+AVATARS: tuple[Avatar, ...] = typing.get_args(Avatar)
 
 
 class Section(BaseModel):
@@ -91,11 +94,63 @@ class FitConfig(Section):
     """Room around the tracked head in the training crop, as a share of the head's height."""
 
 
+class DensityConfig(Section):
+    """Where Gaussians are added and taken away while training (`pipeline.density`)."""
+
+    every: int = Field(0, ge=0)
+    """Steps from one change to the next; 0 leaves the Gaussians as they start."""
+    first: int = Field(500, ge=0)
+    """The first step that may change them."""
+    last: int = Field(15_000, ge=0)
+    """The last step that may."""
+    gradient: float = Field(2e-4, gt=0)
+    """Mean gradient of a Gaussian's place on the screen, in units of half the picture, from which it is doubled."""
+    dense_share: float = Field(0.01, gt=0, lt=1)
+    """Larger ones are split, smaller ones cloned: share of the avatar's extent."""
+    min_opacity: float = Field(0.005, ge=0, lt=1)
+    """Fainter ones are taken away."""
+    max_size_share: float = Field(0.1, gt=0)
+    """Larger ones are taken away once opacities were reset: share of the avatar's extent."""
+    reset_every: int = Field(3000, ge=0)
+    """Steps between two resets of the opacities; 0 never resets."""
+    reset_opacity: float = Field(0.01, gt=0, lt=1)
+    """What opacities are reset to at most."""
+    max_gaussians: int = Field(100_000, ge=16)
+    """No more are made than this."""
+
+
+class GaussianHeadConfig(Section):
+    """The avatar model `gaussianhead` (arXiv 2312.01632); preset `best` has the paper's numbers, the others less."""
+
+    rig: bool = True
+    """Gaussians ride on the fitted head and are skinned to its joints; false: all hang on the head, as in the paper."""
+    start: Literal["head", "random"] = "head"
+    """Where Gaussians start: on the fitted head and in its hair, or at random as in the paper."""
+    derivations: int = Field(4, ge=1, le=8)
+    """Learned rotations of each Gaussian; each reads its own group of the tri-plane's channels."""
+    field_layers: int = Field(8, ge=2)
+    """Layers of the motion deformation field."""
+    field_width: int = Field(256, ge=8)
+    """Width of the motion deformation field."""
+    frequencies: int = Field(10, ge=0, le=16)
+    """Frequencies of the positional encoding of a Gaussian's place."""
+    warmup_steps: int = Field(3000, ge=0)
+    """Steps at the start without the motion deformation field."""
+    plane_size: int = Field(64, ge=4)
+    """Cells along a side of the tri-plane."""
+    plane_channels: int = Field(32, ge=4)
+    """Channels of each plane, over all groups."""
+    sh_degree: int = Field(3, ge=0, le=3)
+    """Degree of the spherical harmonics."""
+    sh_every: int = Field(1000, ge=1)
+    """Steps after which that degree is raised by one, from 0."""
+
+
 class TrainConfig(Section):
     """The Gaussian avatar."""
 
-    avatar: Literal["rigged"] = "rigged"
-    """The avatar model."""
+    avatar: Avatar = "rigged"
+    """The avatar model; `--avatar` sets it with the numbers that the preset has for it."""
     resolution: int = Field(256, ge=32, le=2048)
     """Width and height of the training crop in pixels."""
     steps: int = Field(1500, ge=1)
@@ -112,6 +167,10 @@ class TrainConfig(Section):
     """Share of the steps over a random colour instead of white, which teaches the alpha."""
     max_frames: int = Field(600, ge=1)
     """Training frames at most, spread evenly over the clip."""
+    density: DensityConfig = DensityConfig()
+    """Density control."""
+    gaussianhead: GaussianHeadConfig = GaussianHeadConfig()
+    """The numbers of the avatar model `gaussianhead`."""
     seed: int = 0
     """Seed of every random choice."""
 
@@ -148,26 +207,45 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
 
 
-_PRESET_CHANGES: dict[Preset, dict[str, dict[str, Any]]] = {
+_PRESET_CHANGES: dict[Preset, dict[str, Any]] = {
     "quick": {},
-    "standard": {"train": {"resolution": 512, "steps": 6000, "gaussians": 20_000}},
-    "best": {"train": {"resolution": 512, "steps": 80_000, "gaussians": 50_000, "max_frames": 1800}},
+    "standard": {"train.resolution": 512, "train.steps": 6000, "train.gaussians": 20_000},
+    "best": {
+        **{"train.resolution": 512, "train.steps": 80_000, "train.gaussians": 50_000, "train.max_frames": 1800},
+    },
 }
+# What a preset changes further where the avatar is not `rigged`.
+_AVATAR_CHANGES: dict[Avatar, dict[Preset, dict[str, Any]]] = {"rigged": {}}
 
 
-def preset_config(preset: str) -> Config:
-    """The settings of a preset.
+def preset_config(preset: str, avatar: Avatar = "rigged") -> Config:
+    """The settings of a preset for an avatar model.
 
     Raises:
         UserError: there is no such preset.
     """
     if preset not in PRESETS:
         raise UserError(f"There is no preset '{preset}'.", f"choose one of: {', '.join(PRESETS)}")
-    return Config.model_validate({"preset": preset, **_PRESET_CHANGES[preset]})
+    plain = Config(preset=preset).model_dump()
+    changes = {**_PRESET_CHANGES[preset], **_AVATAR_CHANGES[avatar].get(preset, {}), "train.avatar": avatar}
+    for name, value in changes.items():
+        section, field = _place(plain, name)
+        section[field] = value
+    return Config.model_validate(plain)
+
+
+def configure(preset: str, settings: list[str]) -> Config:
+    """A preset with `section.field=value` settings; its numbers are those for the avatar they name.
+
+    Raises:
+        UserError: as `preset_config` and `override`.
+    """
+    named = override(preset_config(preset), settings).train.avatar
+    return override(preset_config(preset, named), settings)
 
 
 def override(config: Config, settings: list[str]) -> Config:
-    """Apply `section.field=value` settings; values are read by the field's type.
+    """Apply `section.field=value` settings (or `section.part.field=value`); values are read by the field's type.
 
     Raises:
         UserError: a setting is malformed, names nothing that exists, or its value does not fit.
@@ -175,20 +253,16 @@ def override(config: Config, settings: list[str]) -> Config:
     plain = config.model_dump()
     for setting in settings:
         name, equals, text = setting.partition("=")
-        section, dot, field = name.strip().partition(".")
-        if not equals or not dot:
+        if not equals or "." not in name:
             raise UserError(
                 f"'--set {setting}' is not of the form section.field=value.", "for example --set train.steps=500"
             )
-        if section == "preset" or section not in Config.model_fields or not isinstance(plain[section], dict):
-            known = ", ".join(n for n in Config.model_fields if n != "preset")
-            raise UserError(f"'--set {setting}': there is no section '{section}'.", f"choose one of: {known}")
-        if field not in plain[section]:
-            raise UserError(
-                f"'--set {setting}': section '{section}' has no field '{field}'.",
-                f"choose one of: {', '.join(plain[section])}",
-            )
-        plain[section][field] = _read_value(text.strip())
+        try:
+            section, field = _place(plain, name.strip())
+        except KeyError as error:
+            what, known = error.args
+            raise UserError(f"'--set {setting}': {what}.", f"choose one of: {', '.join(known)}") from None
+        section[field] = _read_value(text.strip())
     try:
         return Config.model_validate(plain)
     except ValidationError as error:
@@ -197,6 +271,26 @@ def override(config: Config, settings: list[str]) -> Config:
         raise UserError(
             f"Setting {where}={first['input']!r} does not fit: {first['msg']}.", "see docs/settings.md"
         ) from None
+
+
+def _place(plain: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """Where in a configuration's plain data `section.field` stands: the dictionary and the key.
+
+    Raises:
+        KeyError: nowhere; its arguments are what is wrong and what there is.
+    """
+    *sections, field = name.split(".")
+    here, path = plain, ""
+    for section in sections:
+        known = [key for key, value in here.items() if isinstance(value, dict)]
+        if section not in known:
+            where = f"section '{path}' has" if path else "there is"
+            raise KeyError(f"{where} no section '{section}'", known)
+        here, path = here[section], f"{path}.{section}".lstrip(".")
+    known = [key for key, value in here.items() if not isinstance(value, dict)]
+    if field not in known:
+        raise KeyError(f"section '{path}' has no field '{field}'", known)
+    return here, field
 
 
 def _read_value(text: str) -> Any:
@@ -209,24 +303,27 @@ def _read_value(text: str) -> Any:
 
 def differences(config: Config) -> dict[str, tuple[Any, Any]]:
     """Fields that differ from the preset's: `section.field -> (preset's, this)`."""
-    base, this = preset_config(config.preset).model_dump(), config.model_dump()
-    return {
-        f"{section}.{field}": (base[section][field], value)
-        for section, fields in this.items()
-        if isinstance(fields, dict)
-        for field, value in fields.items()
-        if base[section][field] != value
-    }
+    base = dict(_flat(preset_config(config.preset, config.train.avatar).model_dump()))
+    return {name: (base[name], value) for name, value in _flat(config.model_dump()) if base[name] != value}
 
 
-def describe() -> list[tuple[str, str, str]]:
+def _flat(plain: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """`section.field` and value of all fields."""
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield path + key, value
+
+
+def describe(section: type[Section] = Config, path: str = "") -> list[tuple[str, str, str]]:
     """Every setting as (name, type, help), for the documentation."""
     rows = []
-    for section, info in Config.model_fields.items():
-        if section == "preset":
-            continue
-        for field, details in type(info.default).model_fields.items():
-            kind = details.annotation
+    for field, details in section.model_fields.items():
+        kind = details.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            rows += describe(kind, f"{path}{field}.")
+        elif path:
             name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-            rows.append((f"{section}.{field}", name, details.description or ""))
+            rows.append((path + field, name, details.description or ""))
     return rows

@@ -20,17 +20,25 @@ def neutral_splats(avatar: AvatarModel) -> Splats:
     neutral = avatar.neutral
     with torch.no_grad():
         gaussians = avatar.gaussians(neutral)
-        T_head_cam = invert_rigid(neutral.T_cam_head)
-        turn = matrix_to_quaternion(T_head_cam[:3, :3])
+        T_head_world = invert_rigid(neutral.T_cam_head)
+        if gaussians.T_cam_world is not None:
+            T_head_world = T_head_world @ gaussians.T_cam_world
+        turn = matrix_to_quaternion(T_head_world[:3, :3])
         quats = quaternion_multiply(turn.expand_as(gaussians.quats), gaussians.quats)
         arrays = (
-            transform_points(T_head_cam, gaussians.means),
+            transform_points(T_head_world, gaussians.means),
             quats / quats.norm(dim=-1, keepdim=True),
             gaussians.scales,
             gaussians.opacities,
+            gaussians.colors,
         )
-    means, unit_quats, scales, opacities = (value.float().cpu().numpy() for value in arrays)
-    return Splats(means, unit_quats, scales, opacities, colors_to_sh(gaussians.colors.float().cpu().numpy()))
+    means, unit_quats, scales, opacities, colors = (value.float().cpu().numpy() for value in arrays)
+    if gaussians.sh_degree is None:
+        sh = colors_to_sh(colors)
+    else:
+        sh = np.zeros((len(means), 16, 3), np.float32)
+        sh[:, : colors.shape[1]] = colors
+    return Splats(means, unit_quats, scales, opacities, sh)
 
 
 def portrait(splats: Splats, T_cam_head: np.ndarray, size: int, threads: int | None = None) -> np.ndarray:

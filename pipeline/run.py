@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.config import Config, Preset, override, preset_config
+from pipeline.config import Config, Preset, configure, override, preset_config
 from pipeline.dataset import Dataset, Subject, sha256_file, subject_name_for, write_json
 from pipeline.errors import StageError, UserError
 from pipeline.progress import Reporter
@@ -103,7 +103,7 @@ def resolve_config(request: RunRequest, subject: Subject) -> Config:
     if request.preset is None and not request.videos:
         config = override(last_config(subject), settings)
     else:
-        config = override(preset_config(request.preset or "quick"), settings)
+        config = configure(request.preset or "quick", settings)
     if config.track.person is not None and config.track.like:
         raise UserError(
             "Both a person's number and a photograph are named.", "choose the person with --person or with --like"

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.avatars import AvatarModel, Condition, TrainingData, avatar_class, row, splat
+from pipeline.avatars import AvatarModel, Condition, ParameterGroup, TrainingData, avatar_class, row, splat
 from pipeline.dataset import canonical_json, write_atomic
+from pipeline.density import DensityControl
 from pipeline.errors import StageError
 from pipeline.frames import evenly
 from pipeline.losses import photometric_loss
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from pipeline.config import TrainConfig
 
-CHECKPOINT_SCHEMA = 1
+CHECKPOINT_SCHEMA = 2
 MONITORED_FRAMES = 4
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -90,9 +91,9 @@ class Trainer:
         self.log: list[Entry] = []
         self._losses: list[float] = []
         self._groups = self.avatar.parameter_groups()
-        self._optimiser = torch.optim.Adam(
-            [{"params": group.parameters, "lr": group.rate} for group in self._groups], eps=1e-15, fused=True
-        )
+        self._optimisers = _optimisers(self._groups)
+        self._settings = {s["name"]: s for optimiser in self._optimisers.values() for s in optimiser.param_groups}
+        self._density = DensityControl(config.density, self.avatar.count, config.seed, self.device)
         conditions = Condition(*(value.to(self.device) for value in data.conditions))
         self._prepared = self.avatar.prepare(conditions)
         self._count = len(data)
@@ -121,24 +122,33 @@ class Trainer:
         frame = self._frame_at(step)
         background = self._background_at(step)
         target, camera = level.over(frame, background), self._camera(frame)
+        self.avatar.at_step(step, config.steps)
         gaussians = self.avatar.deform(row(self._prepared, frame))
         try:
             render = splat(gaussians, level.Ks[camera], level.size, level.size, background, threads=self.threads)
         except ValueError as error:
             raise self._diverged(str(error)) from error
+        growing = config.density.every > 0 and step < config.density.last
+        if growing:
+            render.means2d.retain_grad()
         loss = photometric_loss(
             level.cut(render.image, camera, background), target, weight=level.weight(frame), threads=self.threads
         )
-        self._optimiser.zero_grad(set_to_none=True)
+        for optimiser in self._optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
         loss.backward()
         value = loss.item()
         if not math.isfinite(value):
             raise self._diverged(f"the loss of frame {frame} is {value}")
         progress = step / max(config.steps - 1, 1)
-        for settings, group in zip(self._optimiser.param_groups, self._groups, strict=True):
-            settings["lr"] = group.rate * (group.final_rate / group.rate) ** progress
-        self._optimiser.step()
+        for group in self._groups:
+            self._settings[group.name]["lr"] = group.rate * (group.final_rate / group.rate) ** progress
+        for optimiser in self._optimisers.values():
+            optimiser.step()
         self.step_count += 1
+        if growing:
+            self._density.observe(render, level.size)
+            self._change_density(gaussians.opacities.detach())
         self._losses.append(value)
         self.seconds += time.monotonic() - started
         return value
@@ -205,8 +215,9 @@ class Trainer:
             if not torch.isfinite(parameter).all():
                 raise self._diverged(f"'{name}' holds values that are not finite")
         tensors = {f"avatar/{name}": value for name, value in self.avatar.state_dict().items()}
-        for name, state in self._optimiser_states():
+        for name, _, state in self._optimiser_states():
             tensors |= {f"adam/{name}/{key}": value for key, value in state.items()}
+        tensors |= {"density/gradients": self._density.gradients, "density/views": self._density.views}
         described = {
             **self._identity(),
             "step": self.step_count,
@@ -242,9 +253,14 @@ class Trainer:
                     f"The checkpoint '{path}' has {name} {described.get(name)}, this run {value}.", restart
                 )
         weights = {name.removeprefix("avatar/"): v for name, v in tensors.items() if name.startswith("avatar/")}
+        count = len(tensors["density/views"])
+        if count != self.avatar.count:
+            self.avatar.take_rows(torch.zeros(count, dtype=torch.int64, device=self.device))
         self.avatar.load_state_dict(weights)
-        for name, state in self._optimiser_states():
+        self.avatar.at_step(described["step"], self.config.steps)
+        for name, _, state in self._optimiser_states():
             state.update({key: tensors[f"adam/{name}/{key}"] for key in state})
+        self._density.gradients, self._density.views = tensors["density/gradients"], tensors["density/views"]
         self.step_count = described["step"]
         self.seconds = described["seconds"]
         self.log = [Entry(**entry) for entry in described["log"]]
@@ -266,16 +282,35 @@ class Trainer:
             "the last good checkpoint is kept; try another --set train.seed, or fewer train.gaussians",
         )
 
-    def _optimiser_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def _optimiser_states(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:
         """Adam's state of each parameter under a stable name, made if there is none yet."""
         for group in self._groups:
             for i, parameter in enumerate(group.parameters):
-                state = self._optimiser.state[parameter]
+                state = self._optimisers[group.sphere].state[parameter]
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                yield f"{group.name}/{i}", state
+                    state["exp_avg"] = torch.zeros_like(parameter.data)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+                yield f"{group.name}/{i}", parameter, state
+
+    def _change_density(self, opacities: Tensor) -> None:
+        """Add and take away Gaussians, with their optimiser's states, where it is time to; then reset opacities."""
+        if self._density.due(self.step_count):
+            index = self._density.change(self.avatar, opacities, self.step_count)
+            opacities = opacities[index]
+            axes = self.avatar.row_axes()
+            named = {id(parameter): name for name, parameter in self.avatar.named_parameters()}
+            for _, parameter, state in self._optimiser_states():
+                axis = axes.get(named[id(parameter)])
+                if axis is not None:
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        state[key] = state[key].index_select(axis, index)
+        if self._density.reset_due(self.step_count):
+            self._density.reset(self.avatar, opacities)
+            for _, parameter, state in self._optimiser_states():
+                if parameter is self.avatar.get_parameter("opacity_logits"):
+                    state["exp_avg"].zero_()
+                    state["exp_avg_sq"].zero_()
 
     def _frame_at(self, step: int) -> int:
         """Every frame once in each pass over the clip, in an order of its own."""
@@ -300,6 +335,20 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise StageError("There is no CUDA device here.", "run with --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _optimisers(groups: list[ParameterGroup]) -> dict[bool, torch.optim.Optimizer]:
+    """Adam, under True for parameters on the sphere and under False for all others."""
+
+    def settings(sphere: bool) -> list[dict[str, Any]]:
+        return [{"name": g.name, "params": g.parameters, "lr": g.rate} for g in groups if g.sphere == sphere]
+
+    made: dict[bool, torch.optim.Optimizer] = {False: torch.optim.Adam(settings(False), eps=1e-15, fused=True)}
+    if settings(True):
+        from geoopt.optim import RiemannianAdam
+
+        made[True] = RiemannianAdam(settings(True), eps=1e-15)
+    return made
 
 
 @functools.lru_cache(maxsize=2)

@@ -169,7 +169,7 @@ def finish(run: StageRun, trainer: Trainer, frames: int) -> Result:
 
 STAGE = Stage(
     name="train",
-    version=3,
+    version=4,
     inputs=("decode", "matte", "fit"),
     run=run,
     reads=("evaluate.holdout", "evaluate.min_holdout_frames"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from pathlib import Path
 
 from pipeline.config import PRESETS, describe, preset_config
@@ -21,11 +23,11 @@ def settings_page() -> str:
     plain = {preset: preset_config(preset).model_dump() for preset in PRESETS}
     section = ""
     for name, kind, text in describe():
-        head, _, field = name.partition(".")
+        head = name.partition(".")[0]
         if head != section:
             section = head
             lines += ["", f"## {section}", "", "| setting | type | value | meaning |", "|---|---|---|---|"]
-        values = [plain[preset][head][field] for preset in PRESETS]
+        values = [functools.reduce(operator.getitem, name.split("."), plain[preset]) for preset in PRESETS]
         shown = str(values[0]) if len({str(v) for v in values}) == 1 else " / ".join(map(str, values))
         kind = kind.replace("|", "or")
         lines.append(f"| `{name}` | {kind} | {shown} | {' '.join(text.split())} |")

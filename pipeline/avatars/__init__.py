@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.config import TrainConfig
     from pipeline.heads import HeadModel
 
-SCHEMA = 1
+SCHEMA = 2
 WEIGHTS = "avatar.safetensors"
 DESCRIPTION = "avatar.json"
 
@@ -60,7 +60,7 @@ class Condition(NamedTuple):
 
 
 class Gaussians(NamedTuple):
-    """N Gaussians in the camera's coordinates, as `pipeline.rasterize` takes them."""
+    """N Gaussians as `pipeline.rasterize` takes them, in the camera's coordinates or those of `T_cam_world`."""
 
     means: Tensor
     """[N,3] metres."""
@@ -71,7 +71,13 @@ class Gaussians(NamedTuple):
     opacities: Tensor
     """[N] in [0,1]."""
     colors: Tensor
-    """[N,3] sRGB; may leave [0,1] a little."""
+    """[N,3] sRGB; may leave [0,1] a little. With `sh_degree` d [N,(d+1)^2,3] coefficients of spherical harmonics."""
+    sh_degree: int | None = None
+    T_cam_world: Tensor | None = None
+    """[4,4] from the coordinates that means, rotations and harmonics are in to the camera's; None: the camera's own.
+
+    Harmonics are to be in the head's axes, `T_cam_head`, where a file of the avatar at rest has them too.
+    """
 
 
 class ParameterGroup(NamedTuple):
@@ -81,7 +87,8 @@ class ParameterGroup(NamedTuple):
     parameters: list[nn.Parameter]
     rate: float
     final_rate: float
-    weight_decay: float = 0.0
+    sphere: bool = False
+    """Rows are unit vectors (geoopt's manifold parameters) and stay so: Riemannian Adam moves them."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,26 @@ class AvatarModel(nn.Module, ABC):
     def compact_weights(self) -> dict[str, Tensor]:
         """The weights as they are saved, at half precision where that does not show."""
 
+    @abstractmethod
+    def row_axes(self) -> dict[str, int]:
+        """Names of the parameters and buffers that have a row for each Gaussian, and the axis of the rows.
+
+        Density control (`pipeline.density`) needs `means`, `quats`, `log_scales` and `opacity_logits` among them, where
+        an offset to an opacity logit moves that Gaussian's opacity.
+        """
+
+    @torch.no_grad()
+    def take_rows(self, index: Tensor) -> None:
+        """Become the avatar of Gaussians `index` [M] int64, which may repeat; parameters stay the same objects."""
+        for name, axis in self.row_axes().items():
+            owner, _, field = name.rpartition(".")
+            tensor = getattr(self.get_submodule(owner), field)
+            tensor.grad = None
+            tensor.data = tensor.data.index_select(axis, index)
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Hear that step `step` of `steps` comes: warm-ups and what is raised by degrees. Nothing by default."""
+
     @property
     @abstractmethod
     def count(self) -> int:
@@ -200,9 +227,14 @@ def splat(
     backend: Backend = "auto",
     threads: int | None = None,
 ) -> Render:
-    """Rasterise Gaussians that are in camera coordinates; arguments as in `pipeline.rasterize.rasterize`."""
-    viewmat = torch.eye(4, dtype=gaussians.means.dtype, device=gaussians.means.device)
-    return rasterize(*gaussians, viewmat, K, width, height, background=background, backend=backend, threads=threads)
+    """Rasterise what an avatar gave; arguments as in `pipeline.rasterize.rasterize`."""
+    means, quats, scales, opacities, colors, sh_degree, viewmat = gaussians
+    if viewmat is None:
+        viewmat = torch.eye(4, dtype=means.dtype, device=means.device)
+    return rasterize(
+        means, quats, scales, opacities, colors, viewmat, K, width, height,
+        background=background, sh_degree=sh_degree, backend=backend, threads=threads,
+    )  # fmt: skip
 
 
 def conditions_of(clip: Clip, device: torch.device | str = "cpu") -> Condition:

@@ -12,7 +12,9 @@ import torch
 from avatar_data import clip, conditions, training_data
 
 from pipeline.avatars import DESCRIPTION, WEIGHTS, Condition, avatar_class, load_avatar, save_avatar
-from pipeline.avatars.rigged import RiggedAvatar, joint_transforms, spread_frames
+from pipeline.avatars.rig import joint_transforms
+from pipeline.avatars.rigged import RiggedAvatar
+from pipeline.avatars.seeding import spread_frames
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.geometry import make_rigid, quaternion_to_matrix, rotvec_to_matrix

@@ -10,7 +10,8 @@ from typing import get_args, get_type_hints
 import pytest
 
 from pipeline import cli
-from pipeline.config import PRESETS, Config, Head, describe, differences, override, preset_config
+from pipeline.avatars import MODELS
+from pipeline.config import AVATARS, PRESETS, Config, Head, configure, describe, differences, override, preset_config
 from pipeline.errors import UserError
 from pipeline.heads import head_names
 
@@ -40,6 +41,10 @@ def test_override_reads_values_by_type() -> None:
         ("preset.x=5", "no section 'preset'"),
         ("trian.steps=5", "no section 'trian'"),
         ("train.stpes=5", "no field 'stpes'"),
+        ("train.density=5", "section 'train' has no field 'density'"),
+        ("train.density.evry=5", "section 'train.density' has no field 'evry'"),
+        ("train.densiti.every=5", "section 'train' has no section 'densiti'"),
+        ("train.density.every=-1", "train.density.every=-1 does not fit"),
         ("train.steps=-5", "train.steps=-5 does not fit"),
         ("train.steps=many", "train.steps='many' does not fit"),
         ("decode.max_fps=NaN", "decode.max_fps"),
@@ -49,6 +54,12 @@ def test_override_reads_values_by_type() -> None:
 def test_bad_overrides_say_what_is_wrong(setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         override(preset_config("quick"), [setting])
+
+
+def test_a_setting_of_a_part_is_found_and_shown() -> None:
+    config = configure("quick", ["train.density.every=100", "train.avatar=rigged"])
+    assert config.train.density.every == 100
+    assert differences(config) == {"train.density.every": (0, 100)}
 
 
 def test_unknown_preset_names_the_known_ones() -> None:
@@ -72,6 +83,12 @@ def test_every_setting_is_explained() -> None:
     rows = describe()
     assert rows
     assert [name for name, _, text in rows if len(text) < 10] == []
+
+
+def test_avatar_models_are_the_ones_there_are() -> None:
+    # As the head models: written out where loading them would cost a second.
+    assert set(AVATARS) <= set(MODELS)
+    assert get_args(get_type_hints(cli.Run, include_extras=False)["avatar"]) == AVATARS
 
 
 def test_head_models_are_the_ones_there_are() -> None:

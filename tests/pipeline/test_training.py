@@ -202,7 +202,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(StageError, match=r"head anny .*, this run flame 2023"):
         other.resume(tmp_path)
     monkeypatch.setattr(training, "CHECKPOINT_SCHEMA", 99)
-    with pytest.raises(StageError, match="schema 1, this run 99"):
+    with pytest.raises(StageError, match="schema 2, this run 99"):
         trainer.resume(tmp_path)
     (tmp_path / CHECKPOINT).write_bytes(b"not a checkpoint")
     with pytest.raises(StageError, match=r"cannot be read(.|\n)*delete"):
