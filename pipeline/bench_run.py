@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -51,18 +52,27 @@ def _bench_clip(video: Path, preset: str, data: Path) -> dict[str, Any]:
 
 
 def timed(arguments: list[str]) -> tuple[float, float, dict[str, Any]]:
-    """Seconds, peak resident memory in MB and JSON answer of a headcast process; progress goes to standard error."""
-    started = time.monotonic()
+    """Seconds, peak resident memory in MB and JSON answer of a headcast process; progress goes to standard error.
+
+    Raises:
+        StageError: it fails, with what it said.
+    """
+    started, command = time.monotonic(), f"headcast {shlex.join(arguments)}"
     process = subprocess.Popen([sys.executable, "-m", "pipeline.cli", *arguments], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    answer = process.stdout.read()
+    try:
+        answer = process.stdout.read()
+    except KeyboardInterrupt:
+        process.wait()  # it was interrupted too, and saves what it has
+        raise
     _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.monotonic() - started
-    document = json.loads(answer)
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise StageError(
-            f"headcast {' '.join(arguments)} failed: {document['error']['what']}", document["error"]["fix"]
-        )
+    seconds, code = time.monotonic() - started, os.waitstatus_to_exitcode(status)
+    try:
+        document = json.loads(answer)
+    except ValueError:
+        raise StageError(f"The process ended without an answer (exit code {code}).", f"it was: {command}") from None
+    if code != 0:
+        raise StageError(document["error"]["what"], f"{document['error']['fix']} (it was: {command})")
     return seconds, usage.ru_maxrss / 1024, document
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -128,14 +128,21 @@ class Bench(Common):
     decode, track and matte on composites of known alpha (a synthetic subject with loose hair over footage, with noise
     and compression), SAD, MSE, MAD, gradient error, dtSSD, IoU and flicker; a few minutes. With videos also what their
     whole runs, kept in --data, say of the matte; of one filmed before a screen, the network's alpha against the key.
+    avatars: every avatar model on every clip, likeness on held-out frames beside that of the best training frame and
+    other baselines, speed and size, with a picture in --data/SUBJECT/bench/; what is finished there is not done again,
+    and the exit code is 1 if a model failed on a clip.
     """
 
-    what: tyro.conf.Positional[Literal["raster", "run", "matte"]] = "raster"
+    what: tyro.conf.Positional[Literal["raster", "run", "matte", "avatars"]] = "raster"
     """What to measure."""
     videos: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """For run: the clips; by default the sample clip. For matte: clips beside the composites."""
+    """For run and avatars: the clips; by default the sample clip. For matte: clips beside the composites."""
     preset: Literal["quick", "standard", "best"] = "quick"
-    """For run and matte: the budget of a run."""
+    """For run, matte and avatars: the budget of a run."""
+    avatar: tyro.conf.UseAppendAction[tuple[Literal["rigged"], ...]] = ()
+    """For avatars: only this model; may be given several times."""
+    set: Settings = ()
+    """For avatars: a setting of every run, as in headcast run."""
     threads: int | None = None
     """For raster: threads of everything; by default as many as torch takes."""
     peak_gflops: float = 456.0
@@ -401,9 +408,10 @@ def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
         reporter = default_reporter()
         document = bench(threads=command.threads, peak_gflops=command.peak_gflops, report=reporter.message)
         return document, table(document), 0
-    from pipeline import bench_matte, bench_run
+    from pipeline import bench_avatars, bench_matte, bench_run
     from pipeline.assets import SAMPLE_CLIP, asset_path, ensure_assets
-    from pipeline.config import Config
+    from pipeline.config import Config, TrainConfig
+    from pipeline.run import usable_cores
     from stages import STAGES
 
     needed = {name for stage in STAGES for name in stage.assets(Config())}
@@ -412,9 +420,25 @@ def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
         ensure_assets(needed | set(bench_matte.GROUND_CLIPS), reporter)
         document = bench_matte.bench(command.videos, command.preset, command.data, report=reporter.message)
         return document, bench_matte.table(document), 0
-    ensure_assets(needed, default_reporter())
-    document = bench_run.bench_runs(command.videos or (asset_path(SAMPLE_CLIP),), command.preset)
-    return document, bench_run.table(document), 0
+    reporter = default_reporter()
+    ensure_assets(needed, reporter)
+    videos = command.videos or (asset_path(SAMPLE_CLIP),)
+    if command.what == "run":
+        document = bench_run.bench_runs(videos, command.preset)
+        return document, bench_run.table(document), 0
+    avatars = get_args(TrainConfig.model_fields["avatar"].annotation)
+    rows = {name: bench_avatars.Row(name) for name in command.avatar or avatars}
+    document = bench_avatars.bench(
+        videos,
+        rows,
+        command.what,
+        command.preset,
+        command.data,
+        command.set,
+        threads=usable_cores(),
+        report=reporter.message,
+    )
+    return document, bench_avatars.table(document), 0 if document["complete"] else 1
 
 
 if __name__ == "__main__":

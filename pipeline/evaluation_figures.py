@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,18 +54,25 @@ def side_by_side(
         figure: what stands over the render, for example `render, 31.2 dB`.
     """
     import cv2
-    from PIL import Image, ImageDraw, ImageFont
 
     shown = (np.clip(flip / FLIP_FULL_SCALE, 0, 1) * 255).astype(np.uint8)
     error = cv2.cvtColor(cv2.applyColorMap(shown, cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB)
-    side = max(MIN_PANEL_PX, truth.shape[0])
-    panels = [cv2.resize(np.asarray(x), (side, side), interpolation=cv2.INTER_LINEAR) for x in (truth, image, error)]
-    canvas = np.full((side + BAR_PX, 3 * side, 3), BAR, np.uint8)
-    canvas[BAR_PX:] = np.concatenate(panels, 1)
+    return titled({caption: truth, figure: image, f"error (FLIP, bright = {FLIP_FULL_SCALE})": np.asarray(error)})
+
+
+def titled(panels: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Square RGB images in a row under a bar of their titles, all as large as the first, or larger to be readable."""
+    import cv2
+    from PIL import Image, ImageDraw, ImageFont
+
+    side = max(MIN_PANEL_PX, len(next(iter(panels.values()))))
+    row = [cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR) for image in panels.values()]
+    canvas = np.full((side + BAR_PX, len(row) * side, 3), BAR, np.uint8)
+    canvas[BAR_PX:] = np.concatenate(row, 1)
     picture = Image.fromarray(canvas)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for place, text in enumerate((caption, figure, f"error (FLIP, bright = {FLIP_FULL_SCALE})")):
-        draw.text((place * side + 8, BAR_PX / 2), text, INK, font, anchor="lm")
+    for place, title in enumerate(panels):
+        draw.text((place * side + 8, BAR_PX / 2), title, INK, font, anchor="lm")
     return np.asarray(picture)
 
 
