@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -139,8 +139,8 @@ class Bench(Common):
     """For run and avatars: the clips; by default the sample clip. For matte: clips beside the composites."""
     preset: Literal["quick", "standard", "best"] = "quick"
     """For run, matte and avatars: the budget of a run."""
-    avatar: tyro.conf.UseAppendAction[tuple[Literal["rigged"], ...]] = ()
-    """For avatars: only this model; may be given several times."""
+    avatar: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
+    """For avatars: only this model (as headcast run --help names them); may be given several times."""
     set: Settings = ()
     """For avatars: a setting of every run, as in headcast run."""
     threads: int | None = None
@@ -410,7 +410,7 @@ def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
         return document, table(document), 0
     from pipeline import bench_avatars, bench_matte, bench_run
     from pipeline.assets import SAMPLE_CLIP, asset_path, ensure_assets
-    from pipeline.config import Config, TrainConfig
+    from pipeline.config import AVATARS, Config
     from pipeline.run import usable_cores
     from stages import STAGES
 
@@ -426,8 +426,10 @@ def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
     if command.what == "run":
         document = bench_run.bench_runs(videos, command.preset)
         return document, bench_run.table(document), 0
-    avatars = get_args(TrainConfig.model_fields["avatar"].annotation)
-    rows = {name: bench_avatars.Row(name) for name in command.avatar or avatars}
+    unknown = sorted(set(command.avatar) - set(AVATARS))
+    if unknown:
+        raise UserError(f"There is no avatar model '{unknown[0]}' to train.", f"choose from: {', '.join(AVATARS)}")
+    rows = {name: bench_avatars.Row(name) for name in command.avatar or AVATARS}
     document = bench_avatars.bench(
         videos,
         rows,

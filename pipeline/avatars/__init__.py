@@ -298,12 +298,53 @@ def load_avatar(folder: Path, device: torch.device | str = "cpu") -> AvatarModel
         description = json.loads(path.read_bytes())
         schema, model, settings = description["schema"], description["model"], description["settings"]
         weights = load((folder / WEIGHTS).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"'{folder}' holds no readable avatar: {error}.", "train it again") from error
     if schema != SCHEMA:
         raise UserError(f"'{path}' has schema {schema}; this version reads {SCHEMA}.", "train the avatar again")
     try:
-        avatar = avatar_class(model).restore(settings, weights)
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        _refuse_oversize(settings, weights)
+        avatar = avatar_class(model).restore(settings, weights).requires_grad_(False).eval()
+        _refuse_nonsense(avatar, weights)
+    except _DAMAGE as error:
         raise UserError(f"'{folder}' does not fit its model '{model}': {error}.", "train it again") from error
-    return avatar.to(device).requires_grad_(False).eval()
+    return avatar.to(device)
+
+
+# What a model's code may raise over weights and settings that somebody else wrote.
+_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(MemoryError, RuntimeError, TypeError, ValueError),
+)
+
+
+def _refuse_oversize(settings: Any, weights: dict[str, Tensor]) -> None:
+    """Refuse sizes that no weight has, before a model takes memory for them.
+
+    Raises:
+        ValueError: which one.
+    """
+    largest = max((size for weight in weights.values() for size in weight.shape), default=0)
+    for name, value in settings.items():
+        if isinstance(value, int | float) and not abs(value) <= max(largest, 1024):
+            raise ValueError(f"{name} is {value}, and no weight has more than {largest} rows")
+
+
+def _refuse_nonsense(avatar: AvatarModel, weights: dict[str, Tensor]) -> None:
+    """Refuse an avatar that cannot be driven, or has numbers that are none; it is driven once, at rest.
+
+    Raises:
+        ValueError: what is wrong with it; the model's own code may raise others.
+    """
+    made = avatar.state_dict()
+    for name, weight in weights.items():
+        if name in made and weight.is_floating_point() != made[name].is_floating_point():
+            raise ValueError(f"'{name}' is {weight.dtype} where {made[name].dtype} is meant")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"'{name}' holds values that are not finite")
+    if not all(isinstance(name, str) for name in (avatar.head, *avatar.expression_names)):
+        raise ValueError("the names of its head or expressions are none")
+    gaussians = avatar.gaussians(avatar.neutral)
+    for name, value in zip(Gaussians._fields, gaussians, strict=True):
+        if isinstance(value, Tensor) and not torch.isfinite(value).all():
+            raise ValueError(f"at rest its {name} are not finite")

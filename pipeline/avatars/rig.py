@@ -30,6 +30,8 @@ from pipeline.torso import Torso, TorsoPredictor
 FEATURE_LIMIT = 3.0
 # A feature that hardly moves in the clip is not blown up: spread below which it counts as constant.
 FEATURE_FLOOR = 0.05
+# Gaussians times expressions that a rig may have: their displacements are some two gigabytes while they are computed.
+MOST_FOLLOWING = 50_000_000
 # Metres that a torso mode which hardly shows in the clip counts for.
 _SHAPE_FLOOR_M = 1e-4
 
@@ -94,6 +96,7 @@ class RigAvatar(AvatarModel, ABC):
 
     def __init__(self, rig: Rig, features: int, shape: int, head: str, expression_names: tuple[str, ...]) -> None:
         super().__init__()
+        _refuse_misfit(rig, len(expression_names))
         self.head, self.expression_names = head, expression_names
         for name, value in rig._asdict().items():
             self.register_buffer(f"rig_{name}", value)
@@ -245,6 +248,23 @@ def features_of(conditions: Condition) -> Tensor:
 def most_typical(features: Tensor) -> int:
     scaled = (features - features.mean(0)) / (features.std(0, correction=0) + FEATURE_FLOOR)
     return int(scaled.square().sum(1).argmin())
+
+
+def _refuse_misfit(rig: Rig, expressions: int) -> None:
+    """Refuse a rig whose parts do not fit each other, or that takes memory out of all proportion.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    u, n = len(rig.vertices), len(rig.corners)
+    shapes = ((u, 3), (expressions, u, 3), (n, 3), (n, 3), (n,), (n, 2), (2, 3))
+    for name, value, shape in zip(Rig._fields, rig, shapes, strict=True):
+        if value.shape != shape:
+            raise ValueError(f"rig_{name} has shape {tuple(value.shape)}, not {shape}")
+    if rig.corners.dtype != torch.int32 or not ((rig.corners >= 0) & (rig.corners < u)).all():
+        raise ValueError(f"rig_corners are not numbers of the {u} vertices")
+    if expressions * n > MOST_FOLLOWING:
+        raise ValueError(f"{n} Gaussians that follow {expressions} expressions are too many")
 
 
 def _following(rig: Rig) -> Tensor:
