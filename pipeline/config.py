@@ -303,15 +303,15 @@ def _read_value(text: str) -> Any:
 
 def differences(config: Config) -> dict[str, tuple[Any, Any]]:
     """Fields that differ from the preset's: `section.field -> (preset's, this)`."""
-    base = dict(_flat(preset_config(config.preset, config.train.avatar).model_dump()))
-    return {name: (base[name], value) for name, value in _flat(config.model_dump()) if base[name] != value}
+    base = dict(flat(preset_config(config.preset, config.train.avatar).model_dump()))
+    return {name: (base[name], value) for name, value in flat(config.model_dump()) if base[name] != value}
 
 
-def _flat(plain: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(plain: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """`section.field` and value of all fields."""
     for key, value in plain.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{path}{key}.")
+            yield from flat(value, f"{path}{key}.")
         else:
             yield path + key, value
 

@@ -20,7 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.avatars import AvatarModel, Condition, ParameterGroup, TrainingData, avatar_class, row, splat
+from pipeline.avatars import (
+    AvatarModel,
+    Condition,
+    Gaussians,
+    ParameterGroup,
+    TrainingData,
+    avatar_class,
+    row,
+    splat,
+)
+from pipeline.config import flat
 from pipeline.dataset import canonical_json, write_atomic
 from pipeline.density import DensityControl
 from pipeline.errors import StageError
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.config import TrainConfig
+    from pipeline.rasterize import Render
 
 CHECKPOINT_SCHEMA = 2
 MONITORED_FRAMES = 4
@@ -90,6 +101,7 @@ class Trainer:
         self.seconds = 0.0
         self.log: list[Entry] = []
         self._losses: list[float] = []
+        self._saved_step: int | None = None
         self._groups = self.avatar.parameter_groups()
         self._optimisers = _optimisers(self._groups)
         self._settings = {s["name"]: s for optimiser in self._optimisers.values() for s in optimiser.param_groups}
@@ -124,10 +136,7 @@ class Trainer:
         target, camera = level.over(frame, background), self._camera(frame)
         self.avatar.at_step(step, config.steps)
         gaussians = self.avatar.deform(row(self._prepared, frame))
-        try:
-            render = splat(gaussians, level.Ks[camera], level.size, level.size, background, threads=self.threads)
-        except ValueError as error:
-            raise self._diverged(str(error)) from error
+        render = self._splat(gaussians, level, camera, background)
         growing = config.density.every > 0 and step < config.density.last
         if growing:
             render.means2d.retain_grad()
@@ -159,8 +168,14 @@ class Trainer:
         level, camera = self._levels[0], self._camera(frame)
         background = torch.ones(3, device=self.device) if background is None else background
         gaussians = self.avatar.deform(row(self._prepared, frame))
-        render = splat(gaussians, level.Ks[camera], level.size, level.size, background, threads=self.threads)
+        render = self._splat(gaussians, level, camera, background)
         return level.cut(render.image, camera, background).clamp(0, 1)
+
+    def _splat(self, gaussians: Gaussians, level: _Level, camera: int, background: Tensor) -> Render:
+        try:
+            return splat(gaussians, level.Ks[camera], level.size, level.size, background, threads=self.threads)
+        except ValueError as error:
+            raise self._diverged(str(error)) from error
 
     def truth(self, frame: int) -> Tensor:
         """[R,R,3] of one training frame over white, in [0,1]."""
@@ -227,6 +242,7 @@ class Trainer:
         }
         ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         write_atomic(folder / CHECKPOINT, save(ready, {"headcast": canonical_json(described)}))
+        self._saved_step = self.step_count
 
     def resume(self, folder: Path) -> bool:
         """Continue from a checkpoint, if there is one; returns whether there was.
@@ -242,16 +258,19 @@ class Trainer:
         restart = f"delete '{path}' to train from the start"
         try:
             with safe_open(path, framework="pt", device=str(self.device)) as file:
-                described = json.loads((file.metadata() or {})["headcast"])
+                described = dict(json.loads((file.metadata() or {})["headcast"]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            for name, value in self._identity().items():
+                if described.get(name) != value:
+                    raise StageError(
+                        f"The checkpoint '{path}' has {name} {described.get(name)}, this run {value}.", restart
+                    )
+            self._go_on(described, tensors)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise StageError(f"The checkpoint '{path}' cannot be read: {error}.", restart) from error
-        expected = self._identity()
-        for name, value in expected.items():
-            if described.get(name) != value:
-                raise StageError(
-                    f"The checkpoint '{path}' has {name} {described.get(name)}, this run {value}.", restart
-                )
+        return True
+
+    def _go_on(self, described: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         weights = {name.removeprefix("avatar/"): v for name, v in tensors.items() if name.startswith("avatar/")}
         count = len(tensors["density/views"])
         if count != self.avatar.count:
@@ -265,21 +284,18 @@ class Trainer:
         self.seconds = described["seconds"]
         self.log = [Entry(**entry) for entry in described["log"]]
         self._losses = described["losses"]
-        return True
+        self._saved_step = self.step_count
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with the run that resumes from it."""
-        return {
-            "schema": CHECKPOINT_SCHEMA,
-            "head": self.head,
-            "clip": self._clip,
-            "config": self.config.model_dump(),
-        }
+        """What a checkpoint must agree on with the run that resumes from it; the avatar model is among the settings."""
+        settings = flat(self.config.model_dump(), "train.")
+        return {"schema": CHECKPOINT_SCHEMA, "head": self.head, "clip": self._clip, **dict(settings)}
 
     def _diverged(self, cause: str) -> StageError:
+        kept = "" if self._saved_step is None else f"the last good checkpoint, of step {self._saved_step}, is kept; "
         return StageError(
             f"Training diverged at step {self.step_count + 1}: {cause}.",
-            "the last good checkpoint is kept; try another --set train.seed, or fewer train.gaussians",
+            f"{kept}try another --set train.seed, or fewer train.gaussians",
         )
 
     def _optimiser_states(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:

@@ -19,6 +19,8 @@ PREVIEW_SECONDS = 5.0
 LOG_STEPS = 100
 FEW_FRAMES = 30
 GOOD_PSNR, FAIR_PSNR = 28.0, 24.0
+OUT_OF_MEMORY = ("memory", "can't start new thread")
+"""What torch's and Python's errors say when there is none left; numpy and numba raise `MemoryError`."""
 
 
 def run(run: StageRun) -> Result:
@@ -45,7 +47,7 @@ def run(run: StageRun) -> Result:
         optimise(run, trainer)
         return finish(run, trainer, len(data))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise StageError(
             "Training ran out of memory.", "lower train.resolution, train.max_frames or train.gaussians with --set"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from avatar_data import write_subject
 
 from pipeline.avatars import load_avatar
@@ -18,8 +21,10 @@ from pipeline.dataset import Subject
 from pipeline.errors import Interrupted, StageError
 from pipeline.progress import PlainReporter
 from pipeline.stage import StageRun
+from pipeline.training import Trainer
 from stages import train
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Config(
     train=TrainConfig(gaussians=500, resolution=64, steps=30), evaluate=EvaluateConfig(min_holdout_frames=4)
 )
@@ -103,6 +108,71 @@ def test_few_frames_say_what_to_expect(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Only 20 usable training frames" in capsys.readouterr().err
     assert result.verdict.level != "good"
     assert "Only 20 usable frames" in result.verdict.text
+
+
+def test_a_run_that_diverges_leaves_its_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = write_subject(tmp_path / "s")
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    step, ahead = Trainer.step, [20]
+
+    def poisoned(trainer: Trainer) -> float:
+        if trainer.step_count == ahead[0]:
+            with torch.no_grad():
+                trainer.avatar.get_parameter("means")[7] = torch.nan
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    run = stage_run(subject, tmp_path / "work")
+    with pytest.raises(StageError, match=r"diverged at step 21: .*means.* nan(.|\n)*checkpoint, of step 20, is kept"):
+        train.run(run)
+    assert not (run.work / "avatar.json").exists()
+    ahead[0] = -1
+    train.run(run)
+    whole = stage_run(subject, tmp_path / "whole")
+    train.run(whole)
+    assert (run.work / "avatar.safetensors").read_bytes() == (whole.work / "avatar.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")
+@pytest.mark.parametrize(
+    ("change", "begin", "cause"),
+    [
+        ("resolution=2048", "limit(100)", "MemoryError"),
+        (
+            "gaussians=150_000, basis=64",
+            "load = train.load_data; train.load_data = lambda *given: (load(*given), limit(300))[0]",
+            "DefaultCPUAllocator",
+        ),
+    ],
+    ids=["numpy", "torch"],
+)
+def test_out_of_memory_names_what_to_lower(tmp_path: Path, change: str, begin: str, cause: str) -> None:
+    script = f"""
+import resource
+from pathlib import Path
+from pipeline.config import Config, TrainConfig
+from pipeline.dataset import Subject
+from pipeline.stage import StageRun
+from pipeline.training import compile_kernels
+from stages import train
+
+def limit(megabytes):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+compile_kernels("cpu", print)
+work, config = Path({str(tmp_path)!r}), Config(train=TrainConfig({change}))
+{begin}
+train.run(StageRun(Subject(work / "s"), work, config, "cpu", 1))
+"""
+    write_subject(tmp_path / "s")
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT, timeout=200
+    )
+    assert "StageError: Training ran out of memory." in done.stderr, done.stderr
+    assert "-> lower train.resolution, train.max_frames or train.gaussians" in done.stderr
+    assert cause in done.stderr
 
 
 def test_no_usable_frame_is_an_error(tmp_path: Path) -> None:
