@@ -100,7 +100,7 @@ def load_data(run: StageRun, clip: Clip) -> TrainingData:
 
 def optimise(run: StageRun, trainer: Trainer) -> None:
     """Take all steps, with a checkpoint and a preview every few seconds."""
-    saved = shown = time.monotonic()
+    begun = saved = shown = time.monotonic()
     with run.reporter.task("train", run.config.train.steps, "steps", trainer.step_count) as task:
         while not trainer.finished:
             trainer.step()
@@ -114,6 +114,10 @@ def optimise(run: StageRun, trainer: Trainer) -> None:
                 saved = now
             if now - shown >= PREVIEW_SECONDS:
                 write_preview(run, trainer)
+                if shown == begun:
+                    run.reporter.message(
+                        f"train: truth and avatar so far, anew every few seconds: {run.work}/preview.jpg"
+                    )
                 shown = now
             task.advance(1, note)
             if stopping:
