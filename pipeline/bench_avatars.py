@@ -36,6 +36,17 @@ class Row(NamedTuple):
     """Each `section.field=value`."""
 
 
+ABLATION = {
+    "gaussianhead": Row("gaussianhead"),
+    "no derivation": Row("gaussianhead", ("train.gaussianhead.derivations=0",)),
+    "no deformation field": Row("gaussianhead", ("train.gaussianhead.field_layers=0",)),
+    "no tri-plane": Row("gaussianhead", ("train.gaussianhead.plane_size=0",)),
+    "random start": Row("gaussianhead", ("train.gaussianhead.start=random",)),
+    "no rig": Row("gaussianhead", ("train.gaussianhead.rig=false",)),
+}
+"""What the parts of the paper's model are worth: each left out by itself."""
+
+
 def bench(
     videos: Sequence[Path],
     rows: Mapping[str, Row],

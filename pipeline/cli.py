@@ -130,19 +130,19 @@ class Bench(Common):
     whole runs, kept in --data, say of the matte; of one filmed before a screen, the network's alpha against the key.
     avatars: every avatar model on every clip, likeness on held-out frames beside that of the best training frame and
     other baselines, speed and size, with a picture in --data/SUBJECT/bench/; what is finished there is not done again,
-    and the exit code is 1 if a model failed on a clip.
+    and the exit code is 1 if a model failed on a clip. ablation: the same for gaussianhead with one part left out each.
     """
 
-    what: tyro.conf.Positional[Literal["raster", "run", "matte", "avatars"]] = "raster"
+    what: tyro.conf.Positional[Literal["raster", "run", "matte", "avatars", "ablation"]] = "raster"
     """What to measure."""
     videos: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """For run and avatars: the clips; by default the sample clip. For matte: clips beside the composites."""
+    """For run, avatars and ablation: the clips; by default the sample clip. For matte: clips beside the composites."""
     preset: Literal["quick", "standard", "best"] = "quick"
-    """For run, matte and avatars: the budget of a run."""
+    """The budget of a run; not for raster."""
     avatar: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
     """For avatars: only this model (as headcast run --help names them); may be given several times."""
     set: Settings = ()
-    """For avatars: a setting of every run, as in headcast run."""
+    """For avatars and ablation: a setting of every run, as in headcast run."""
     threads: int | None = None
     """For raster: threads of everything; by default as many as torch takes."""
     peak_gflops: float = 456.0
@@ -429,7 +429,8 @@ def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
     unknown = sorted(set(command.avatar) - set(AVATARS))
     if unknown:
         raise UserError(f"There is no avatar model '{unknown[0]}' to train.", f"choose from: {', '.join(AVATARS)}")
-    rows = {name: bench_avatars.Row(name) for name in command.avatar or AVATARS}
+    models = {name: bench_avatars.Row(name) for name in command.avatar or AVATARS}
+    rows = bench_avatars.ABLATION if command.what == "ablation" else models
     document = bench_avatars.bench(
         videos,
         rows,

@@ -12,8 +12,8 @@ import pytest
 from avatar_data import write_subject
 
 from pipeline import bench_avatars
-from pipeline.bench_avatars import BEST, Row, bench, table
-from pipeline.config import override, preset_config
+from pipeline.bench_avatars import ABLATION, BEST, Row, bench, table
+from pipeline.config import configure, override, preset_config
 from pipeline.dataset import Subject, read_json, subject_name_for, write_json
 from pipeline.errors import StageError, UserError
 from pipeline.stage import StageRun
@@ -118,6 +118,14 @@ def test_a_second_time_finds_it_all(videos: list[Path], tmp_path: Path, monkeypa
     one, two = (bench(videos[:1], {"short": ROWS["short"]}, "avatars", "quick", tmp_path, SETTINGS) for _ in range(2))
     assert one == two
     assert one["complete"] is True
+
+
+def test_each_ablation_leaves_out_something_else() -> None:
+    configs = [configure("quick", [f"train.avatar={row.avatar}", *row.settings]) for row in ABLATION.values()]
+    whole, *others = (config.model_dump() for config in configs)
+    assert len({json.dumps(config) for config in (whole, *others)}) == len(ABLATION)
+    assert {config["train"]["avatar"] for config in (whole, *others)} == {"gaussianhead"}
+    assert all(config["train"] | {"gaussianhead": None} == whole["train"] | {"gaussianhead": None} for config in others)
 
 
 def test_clips_that_are_none_are_refused_first(tmp_path: Path, videos: list[Path]) -> None:
