@@ -92,6 +92,7 @@ class Trainer:
         self._losses: list[float] = []
         self._groups = self.avatar.parameter_groups()
         self._optimisers = _optimisers(self._groups)
+        list(self._optimiser_states())  # all of one kind; Riemannian Adam would count steps in a number of its own
         self._settings = {s["name"]: s for optimiser in self._optimisers.values() for s in optimiser.param_groups}
         self._density = DensityControl(config.density, self.avatar.count, config.seed, self.device)
         conditions = Condition(*(value.to(self.device) for value in data.conditions))

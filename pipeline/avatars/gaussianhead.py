@@ -237,7 +237,7 @@ class GaussianHeadAvatar(RigAvatar):
         with torch.no_grad():
             avatar.means.copy_(begin.means)
             avatar.quats.copy_(begin.quats)
-            flat = torch.tensor([1, 1, 0.4 if own.start == "surface" else 1])
+            flat = torch.tensor([1, 1, 0.4 if own.start == "head" else 1])
             avatar.log_scales.copy_(torch.log(begin.sizes[:, None] * flat))
             avatar.opacity_logits.fill_(math.log(_START_OPACITY / (1 - _START_OPACITY)))
             avatar.colors.copy_(begin.colors)
