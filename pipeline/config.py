@@ -125,7 +125,7 @@ class GaussianHeadConfig(Section):
     rig: bool = True
     """Gaussians ride on the fitted head and its joints; off, all hang on the head and expression alone moves them."""
     start: Literal["head", "random"] = "head"
-    """Where Gaussians start: on the fitted head and in its hair, or at random in the box around that as in the paper."""
+    """Where Gaussians start: on the fitted head and in its hair, or at random around there as in the paper."""
     derivations: int = Field(4, ge=0, le=16)
     """Learned rotations of each Gaussian, and groups of channels; 0 reads all channels at the Gaussian itself."""
     field_layers: int = Field(8, ge=0, le=16)

@@ -7,7 +7,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PRESETS, describe, preset_config
+from pipeline.config import PRESETS, Avatar, describe, preset_config
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
@@ -21,9 +21,10 @@ def settings_page() -> str:
         "changed runs again, the others stay. Values are shown per preset where presets differ.",
         "",
     ]
+
     def values_of(name: str) -> list[Any]:
         # What one avatar model alone reads is shown as its presets have it.
-        avatar = "gaussianhead" if name.startswith("train.gaussianhead.") else "rigged"
+        avatar: Avatar = "gaussianhead" if name.startswith("train.gaussianhead.") else "rigged"
         plain = (preset_config(preset, avatar).model_dump() for preset in PRESETS)
         return [functools.reduce(operator.getitem, name.split("."), settings) for settings in plain]
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 # What one unit of the field's answer means: share of the extent, radians, log-scale.
 _MEAN_UNIT, _ROTATION_UNIT, _SCALE_UNIT = 0.1, 0.3, 0.5
 
-_START_OPACITY = 0.7
+# How opaque Gaussians start on the head, and at random as in 3DGS.
+_START_OPACITY = {"head": 0.7, "random": 0.1}
 # Band 0 of the spherical harmonics.
 _SH_0 = 0.28209479177387814
 # Metres from the surface over which a random point still follows it.
@@ -71,7 +72,7 @@ class GaussianHeadAvatar(RigAvatar):
         self.register_buffer("reached", torch.zeros(2, dtype=torch.int64))
         self.opacity_logits = nn.Parameter(torch.zeros(n))
         self.colors = nn.Parameter(torch.zeros(n, 3))
-        self.derivation: Tensor | None = None
+        self.derivation: nn.Parameter | None = None
         if config.derivations:
             at_rest = torch.tensor([1.0, 0, 0, 0]).repeat(n, groups, 1)
             self.derivation = geoopt.ManifoldParameter(at_rest, manifold=geoopt.Sphere())
@@ -94,9 +95,8 @@ class GaussianHeadAvatar(RigAvatar):
 
     def row_axes(self) -> dict[str, int]:
         """See `AvatarModel.row_axes`."""
-        own = {"opacity_logits": self.opacity_logits, "colors": self.colors}
-        own |= {"derivation": self.derivation, "vectors": self.vectors}
-        return {**super().row_axes(), **{name: 0 for name, value in own.items() if value is not None}}
+        optional = [name for name in ("derivation", "vectors") if getattr(self, name) is not None]
+        return {**super().row_axes(), **dict.fromkeys(["opacity_logits", "colors", *optional], 0)}
 
     def at_step(self, step: int, steps: int) -> None:
         """Switch the field on after the warm-up, and raise the harmonics by degrees."""
@@ -184,8 +184,10 @@ class GaussianHeadAvatar(RigAvatar):
             groups.append(group("derivation", [self.derivation], config.derivation_rate, sphere=True))
         if self.field is not None:
             groups.append(group("field", list(self.field.parameters()), config.field_rate))
-        planes = [self.vectors] if self.planes is None else self.planes.parameters()
-        groups.append(group("planes", list(planes), config.plane_rate))
+        if self.planes is not None:
+            groups.append(group("planes", list(self.planes.parameters()), config.plane_rate))
+        if self.vectors is not None:
+            groups.append(group("vectors", [self.vectors], config.plane_rate))
         return groups
 
     def settings(self) -> dict[str, Any]:
@@ -239,7 +241,7 @@ class GaussianHeadAvatar(RigAvatar):
             avatar.quats.copy_(begin.quats)
             flat = torch.tensor([1, 1, 0.4 if own.start == "head" else 1])
             avatar.log_scales.copy_(torch.log(begin.sizes[:, None] * flat))
-            avatar.opacity_logits.fill_(math.log(_START_OPACITY / (1 - _START_OPACITY)))
+            avatar.opacity_logits.copy_(torch.logit(torch.tensor(_START_OPACITY[own.start])))
             avatar.colors.copy_(begin.colors)
             avatar.torso_logits.copy_(torch.logit(begin.torso).clamp(min=_NONE))
             avatar.skull_logits.copy_(torch.logit(begin.skull).clamp(min=_NONE))
@@ -261,13 +263,17 @@ class GaussianHeadPlusAvatar(GaussianHeadAvatar):
 
 
 def _start_layers(avatar: GaussianHeadAvatar, generator: torch.Generator) -> None:
-    """All linear layers but the last of the field at random (He et al. 2015), its last at zero."""
+    """Layers at random (He et al. 2015), but what the networks add to motion, opacity and colour starts at nothing."""
     for module in avatar.modules():
-        if isinstance(module, nn.Linear) and (avatar.field is None or module is not avatar.field.answer):
+        if isinstance(module, nn.Linear):
             module.weight.normal_(0, math.sqrt(2 / module.in_features), generator=generator)
             module.bias.zero_()
-    avatar.decoders.base.weight.mul_(0.1)
-    avatar.decoders.rest.weight.mul_(0.1)
+    decoders = avatar.decoders
+    last = decoders.geometry[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight[0] = 0
+    for layer in (decoders.base, decoders.rest, *([avatar.field.answer] if avatar.field else [])):
+        layer.weight.zero_()
 
 
 def _spread_rotations(count: int, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ class Motion(NamedTuple):
 
 
 class DeformationField(nn.Module):
-    """Where a condition moves a point: `layers` of `width`, the input again in the middle, zero at the start.
+    """Where a condition moves a point: `layers` of `width`, the input again in the middle.
 
     A point enters by sines and cosines of `frequencies` octaves beside itself, the code [D] as it is.
     """
@@ -34,8 +34,6 @@ class DeformationField(nn.Module):
         self.again = nn.Linear(self._encoded + code, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
         self.answer = nn.Linear(width, 9)
-        nn.init.zeros_(self.answer.weight)
-        nn.init.zeros_(self.answer.bias)
 
     def forward(self, points: Tensor, code: Tensor) -> Motion:
         """The motion of points [N,3], about in [-1,1], under a code [D]."""
@@ -70,9 +68,7 @@ class Decoders(nn.Module):
             *(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()),
             nn.Linear(width, 1 + features),
         )
-        self.color = nn.Sequential(
-            nn.Linear(features + 3, width), nn.ReLU(), nn.Linear(width, color_width), nn.ReLU()
-        )
+        self.color = nn.Sequential(nn.Linear(features + 3, width), nn.ReLU(), nn.Linear(width, color_width), nn.ReLU())
         self.base = nn.Linear(color_width, 3)
         self.rest = nn.Linear(color_width, 3 * ((sh_degree + 1) ** 2 - 1))
 
