@@ -207,6 +207,8 @@ class TrainConfig(Section):
     """Share of the steps over a random colour instead of white, which teaches the alpha."""
     max_frames: int = Field(600, ge=1)
     """Training frames at most, spread evenly over the clip."""
+    perceptual: float = Field(0.0, ge=0)
+    """Weight of the perceptual loss; without the weights of VGG16 (asset vgg16) training says so and does without."""
     density: DensityConfig = DensityConfig()
     """Density control."""
     gaussianhead: GaussianHeadConfig = GaussianHeadConfig()
@@ -260,12 +262,15 @@ _SMALL_GAUSSIANHEAD = {
     "train.gaussianhead.field_width": 64,
     "train.gaussianhead.warmup_steps": 100,
     "train.gaussianhead.sh_every": 300,
+    "train.gaussianhead.rotation_rate": 4e-3,
+    "train.gaussianhead.scale_rate": 1e-2,
+    "train.gaussianhead.geometry_rate": 1e-3,
     "train.gaussianhead.final_share": 0.1,
 }
 _GAUSSIANHEAD_CHANGES: dict[Preset, dict[str, Any]] = {
     "quick": {**_SMALL_GAUSSIANHEAD},
     "standard": {**_SMALL_GAUSSIANHEAD},
-    "best": {"train.gaussians": 10_000, "train.density.every": 100},
+    "best": {"train.gaussians": 10_000, "train.density.every": 100, "train.perceptual": 0.01},
 }
 # What a preset changes further where the avatar is not `rigged`.
 _AVATAR_CHANGES: dict[Avatar, dict[Preset, dict[str, Any]]] = {

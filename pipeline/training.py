@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.config import TrainConfig
+    from pipeline.perceptual import PerceptualLoss
 
 CHECKPOINT_SCHEMA = 2
 MONITORED_FRAMES = 4
@@ -73,14 +74,20 @@ class Trainer:
         data: training frames, already without every test frame.
         config: the training settings.
         device: where to train.
+        perceptual: the loss that `train.perceptual` weighs; None leaves it out.
         threads: CPU threads of the rasteriser and the loss. Torch's own threads only wait for each other on tensors
             this small; on the CPU, callers do best with `torch.set_num_threads(1)`.
     """
 
     def __init__(
-        self, data: TrainingData, config: TrainConfig, device: torch.device | str = "cpu", threads: int | None = None
+        self,
+        data: TrainingData,
+        config: TrainConfig,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+        perceptual: PerceptualLoss | None = None,
     ) -> None:
-        self.config, self.threads = config, threads
+        self.config, self.threads, self._perceptual = config, threads, perceptual
         self.device = torch.device(device)
         self.avatar: AvatarModel = avatar_class(config.avatar).start(data, config, np.random.default_rng(config.seed))
         self.avatar.to(self.device)
@@ -132,9 +139,10 @@ class Trainer:
         growing = config.density.every > 0 and step < config.density.last
         if growing:
             render.means2d.retain_grad()
-        loss = photometric_loss(
-            level.cut(render.image, camera, background), target, weight=level.weight(frame), threads=self.threads
-        )
+        image = level.cut(render.image, camera, background)
+        loss = photometric_loss(image, target, weight=level.weight(frame), threads=self.threads)
+        if self._perceptual is not None:
+            loss = loss + config.perceptual * self._perceptual(image, target)
         for optimiser in self._optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The axes of a point that each plane keeps.
-_PLANES = ((0, 1), (1, 2), (2, 0))
+# Each keeps two axes of a point: (x, y), (y, z) and (z, x).
+_PLANES = 3
 
 # Features start near one, where a product of three passes on what each of them learns.
 _START, _START_SPREAD = 1.0, 0.1
@@ -25,7 +25,7 @@ class TriPlane(nn.Module):
 
     def __init__(self, groups: int, channels: int, size: int) -> None:
         super().__init__()
-        self.planes = nn.Parameter(torch.ones(len(_PLANES) * groups, channels, size, size))
+        self.planes = nn.Parameter(torch.ones(_PLANES * groups, channels, size, size))
 
     def start(self, generator: torch.Generator) -> None:
         """Fill the planes at random, near one."""
@@ -50,7 +50,7 @@ class HashPlanes(nn.Module):
             raise ValueError(f"channels is {channels}, which {levels} levels cannot share evenly")
         growth = (finest / coarsest) ** (1 / max(levels - 1, 1))
         self._sides = [round(coarsest * growth**level) for level in range(levels)]
-        rows, share = len(_PLANES) * groups, channels // levels
+        rows, share = _PLANES * groups, channels // levels
         self.tables = nn.ParameterList(
             nn.Parameter(torch.ones(rows, share, min(side * side, entries))) for side in self._sides
         )
@@ -85,8 +85,8 @@ def _hashed(side: int, entries: int) -> Tensor:
 
 def _places(points: Tensor) -> Tensor:
     """Projections [3*G,1,N,2] of points [N,G,3] on the planes, all groups of a plane in a row."""
-    projected = torch.stack([points[..., list(axes)] for axes in _PLANES])
-    return projected.transpose(1, 2).flatten(0, 1)[:, None]
+    projected = torch.cat([points, points[..., :1]], 2).unfold(2, 2, 1)
+    return projected.permute(2, 1, 0, 3).flatten(0, 1)[:, None]
 
 
 def _read(grids: Tensor, places: Tensor) -> Tensor:
@@ -97,5 +97,5 @@ def _read(grids: Tensor, places: Tensor) -> Tensor:
 def _product(features: Tensor, points: Tensor) -> Tensor:
     """[N,G*C] the planes' features [3*G,C,N] multiplied."""
     n, groups = points.shape[:2]
-    first, second, third = features.view(len(_PLANES), groups, -1, n)
+    first, second, third = features.view(_PLANES, groups, -1, n)
     return (first * second * third).flatten(0, 1).t()
