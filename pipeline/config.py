@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.errors import UserError
 
 Preset = Literal["quick", "standard", "best"]
-Avatar = Literal["rigged"]
+Avatar = Literal["rigged", "gaussianhead", "gaussianhead-plus"]
 Head = Literal["anny", "flame", "flame2023open", "flame2023", "flame2020", "gnm"]
 PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
 AVATARS: tuple[Avatar, ...] = typing.get_args(Avatar)
@@ -120,30 +120,70 @@ class DensityConfig(Section):
 
 
 class GaussianHeadConfig(Section):
-    """The avatar model `gaussianhead` (arXiv 2312.01632); preset `best` has the paper's numbers, the others less."""
+    """The avatar models gaussianhead and gaussianhead-plus; numbers are the paper's (arXiv 2312.01632)."""
 
     rig: bool = True
-    """Gaussians ride on the fitted head and are skinned to its joints; false: all hang on the head, as in the paper."""
+    """Gaussians ride on the fitted head and its joints; off, all hang on the head and expression alone moves them."""
     start: Literal["head", "random"] = "head"
-    """Where Gaussians start: on the fitted head and in its hair, or at random as in the paper."""
-    derivations: int = Field(4, ge=1, le=8)
-    """Learned rotations of each Gaussian; each reads its own group of the tri-plane's channels."""
-    field_layers: int = Field(8, ge=2)
-    """Layers of the motion deformation field."""
-    field_width: int = Field(256, ge=8)
-    """Width of the motion deformation field."""
+    """Where Gaussians start: on the fitted head and in its hair, or at random around there as in the paper."""
+    derivations: int = Field(4, ge=0, le=16)
+    """Learned rotations of each Gaussian, and groups of channels; 0 reads all channels at the Gaussian itself."""
+    field_layers: int = Field(8, ge=0, le=16)
+    """Layers of the motion deformation field; 0 leaves it out."""
+    field_width: int = Field(256, ge=1, le=1024)
+    """Width of the field."""
     frequencies: int = Field(10, ge=0, le=16)
-    """Frequencies of the positional encoding of a Gaussian's place."""
+    """Octaves of positional encoding on the canonical means."""
     warmup_steps: int = Field(3000, ge=0)
-    """Steps at the start without the motion deformation field."""
-    plane_size: int = Field(64, ge=4)
-    """Cells along a side of the tri-plane."""
-    plane_channels: int = Field(32, ge=4)
+    """Steps before the field is switched on."""
+    plane_size: int = Field(64, ge=0, le=1024)
+    """Side of the tri-plane's grids; 0 gives each Gaussian a learned vector of features instead."""
+    plane_channels: int = Field(32, ge=1, le=256)
     """Channels of each plane, over all groups."""
+    hash_levels: int = Field(4, ge=1, le=16)
+    """Resolutions of gaussianhead-plus' hash grids, which share the channels of a group."""
+    hash_coarsest: int = Field(16, ge=2, le=1024)
+    """Side of the coarsest of them."""
+    hash_finest: int = Field(128, ge=2, le=2048)
+    """Side of the finest."""
+    hash_entries: int = Field(2048, ge=16)
+    """Entries that each of them keeps at most."""
+    decoder_width: int = Field(64, ge=1, le=512)
+    """Width of the decoders' hidden layers."""
+    color_width: int = Field(48, ge=1, le=512)
+    """Width of the layer before the spherical harmonics."""
     sh_degree: int = Field(3, ge=0, le=3)
-    """Degree of the spherical harmonics."""
+    """Highest degree of the spherical harmonics."""
     sh_every: int = Field(1000, ge=1)
-    """Steps after which that degree is raised by one, from 0."""
+    """Steps from one degree to the next."""
+    mean_rate: float = Field(8e-4, gt=0)
+    """Learning rate of the means at the start, as a share of the avatar's extent (1.6e-4 times 5)."""
+    mean_final_rate: float = Field(1.6e-6, gt=0)
+    """The same at the end."""
+    plane_rate: float = Field(1e-3, gt=0)
+    """Learning rate of the planes."""
+    scale_rate: float = Field(5e-3, gt=0)
+    """Learning rate of the scales' logarithms."""
+    rotation_rate: float = Field(1e-3, gt=0)
+    """Learning rate of the canonical rotations."""
+    derivation_rate: float = Field(1e-3, gt=0)
+    """Learning rate of the derivation's rotations."""
+    field_rate: float = Field(1e-3, gt=0)
+    """Learning rate of the motion deformation field."""
+    geometry_rate: float = Field(1e-4, gt=0)
+    """Learning rate of the opacity network."""
+    opacity_rate: float = Field(0.05, gt=0)
+    """Learning rate of the opacity logit that each Gaussian adds to the network's answer."""
+    sh_rate: float = Field(1e-3, gt=0)
+    """Learning rate of the colour network."""
+    sh_rest_divisor: float = Field(20.0, gt=0)
+    """The harmonics above degree 0 learn so many times more slowly."""
+    joint_rate: float = Field(0.02, gt=0)
+    """Learning rate of the shares of head, torso and skull."""
+    color_rate: float = Field(0.0, ge=0)
+    """Learning rate of a colour that each Gaussian adds to the network's answer; 0 keeps it as it starts."""
+    final_share: float = Field(1.0, gt=0, le=1)
+    """What is left of all other rates at the end."""
 
 
 class TrainConfig(Section):
@@ -167,10 +207,12 @@ class TrainConfig(Section):
     """Share of the steps over a random colour instead of white, which teaches the alpha."""
     max_frames: int = Field(600, ge=1)
     """Training frames at most, spread evenly over the clip."""
+    perceptual: float = Field(0.0, ge=0)
+    """Weight of the perceptual loss; without the weights of VGG16 (asset vgg16) training says so and does without."""
     density: DensityConfig = DensityConfig()
     """Density control."""
     gaussianhead: GaussianHeadConfig = GaussianHeadConfig()
-    """The numbers of the avatar model `gaussianhead`."""
+    """The numbers of the avatar models `gaussianhead` and `gaussianhead-plus`."""
     seed: int = 0
     """Seed of every random choice."""
 
@@ -214,8 +256,28 @@ _PRESET_CHANGES: dict[Preset, dict[str, Any]] = {
         **{"train.resolution": 512, "train.steps": 80_000, "train.gaussians": 50_000, "train.max_frames": 1800},
     },
 }
+# The paper's model scaled down to what two cores train in a minute and in five; `best` is the paper's.
+_SMALL_GAUSSIANHEAD = {
+    "train.gaussianhead.field_layers": 4,
+    "train.gaussianhead.field_width": 64,
+    "train.gaussianhead.warmup_steps": 100,
+    "train.gaussianhead.sh_every": 300,
+    "train.gaussianhead.rotation_rate": 4e-3,
+    "train.gaussianhead.scale_rate": 1e-2,
+    "train.gaussianhead.geometry_rate": 1e-3,
+    "train.gaussianhead.final_share": 0.1,
+}
+_GAUSSIANHEAD_CHANGES: dict[Preset, dict[str, Any]] = {
+    "quick": {**_SMALL_GAUSSIANHEAD},
+    "standard": {**_SMALL_GAUSSIANHEAD},
+    "best": {"train.gaussians": 10_000, "train.density.every": 100, "train.perceptual": 0.01},
+}
 # What a preset changes further where the avatar is not `rigged`.
-_AVATAR_CHANGES: dict[Avatar, dict[Preset, dict[str, Any]]] = {"rigged": {}}
+_AVATAR_CHANGES: dict[Avatar, dict[Preset, dict[str, Any]]] = {
+    "rigged": {},
+    "gaussianhead": _GAUSSIANHEAD_CHANGES,
+    "gaussianhead-plus": _GAUSSIANHEAD_CHANGES,
+}
 
 
 def preset_config(preset: str, avatar: Avatar = "rigged") -> Config:

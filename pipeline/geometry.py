@@ -130,6 +130,14 @@ def quaternion_multiply(left: Tensor, right: Tensor) -> Tensor:
 
 
 @_numpy_too
+def quaternion_rotate(quaternions: Tensor, vectors: Tensor) -> Tensor:
+    """Vectors [..., 3] turned by unit quaternions `wxyz` [..., 4], without a matrix for each."""
+    w, axis = quaternions[..., :1], quaternions[..., 1:]
+    twice = 2 * torch.linalg.cross(axis, vectors)
+    return vectors + w * twice + torch.linalg.cross(axis, twice)
+
+
+@_numpy_too
 def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
     """Quaternions [..., 4] at `fraction` [...] of the shorter arc from `start` to `end` [..., 4] (Shoemake, 1985)."""
     conjugate = torch.cat([start[..., :1], -start[..., 1:]], -1)

@@ -48,9 +48,9 @@ class Lpips:
         """
         self._layers = []
         for tap, (number, out, into, kernel, stride, padding, pooled) in enumerate(_CONVOLUTIONS):
-            weight = _take(backbone, f"features.{number}.weight", (out, into, kernel, kernel))
-            bias = _take(backbone, f"features.{number}.bias", (out,))
-            head = _take(heads, f"lin{tap}.model.1.weight", (1, out, 1, 1))
+            weight = take_weight(backbone, f"features.{number}.weight", (out, into, kernel, kernel))
+            bias = take_weight(backbone, f"features.{number}.bias", (out,))
+            head = take_weight(heads, f"lin{tap}.model.1.weight", (1, out, 1, 1))
             self._layers.append((weight, bias, head, stride, padding, pooled))
 
     def __call__(self, truth: NDArray[np.floating[Any]], image: NDArray[np.floating[Any]]) -> float:
@@ -82,19 +82,24 @@ def load_lpips() -> Lpips:
 
     paths = [asset_path(name, fetch=False) for name in (BACKBONE_ASSET, HEADS_ASSET)]
     try:
-        return Lpips(*(_load(path) for path in paths))
+        return Lpips(*(load_weights(path) for path in paths))
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"The LPIPS weights cannot be read: {error}.", "fetch them again: headcast assets fetch"
         ) from None
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path) -> dict[str, Tensor]:
     """A published state dictionary; `weights_only` keeps torch from running what a pickle says."""
     return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def _take(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def take_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """One weight of a published state dictionary, float32.
+
+    Raises:
+        ValueError: it is missing or has another shape.
+    """
     tensor = weights.get(name)
     if tensor is None or tuple(tensor.shape) != shape:
         found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"

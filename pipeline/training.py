@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.config import TrainConfig
+    from pipeline.perceptual import PerceptualLoss
     from pipeline.rasterize import Render
 
 CHECKPOINT_SCHEMA = 2
@@ -84,14 +85,20 @@ class Trainer:
         data: training frames, already without every test frame.
         config: the training settings.
         device: where to train.
+        perceptual: the loss that `train.perceptual` weighs; None leaves it out.
         threads: CPU threads of the rasteriser and the loss. Torch's own threads only wait for each other on tensors
             this small; on the CPU, callers do best with `torch.set_num_threads(1)`.
     """
 
     def __init__(
-        self, data: TrainingData, config: TrainConfig, device: torch.device | str = "cpu", threads: int | None = None
+        self,
+        data: TrainingData,
+        config: TrainConfig,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+        perceptual: PerceptualLoss | None = None,
     ) -> None:
-        self.config, self.threads = config, threads
+        self.config, self.threads, self._perceptual = config, threads, perceptual
         self.device = torch.device(device)
         self.avatar: AvatarModel = avatar_class(config.avatar).start(data, config, np.random.default_rng(config.seed))
         self.avatar.to(self.device)
@@ -104,6 +111,7 @@ class Trainer:
         self._saved_step: int | None = None
         self._groups = self.avatar.parameter_groups()
         self._optimisers = _optimisers(self._groups)
+        list(self._optimiser_states())  # all of one kind; Riemannian Adam would count steps in a number of its own
         self._settings = {s["name"]: s for optimiser in self._optimisers.values() for s in optimiser.param_groups}
         self._density = DensityControl(config.density, self.avatar.count, config.seed, self.device)
         conditions = Condition(*(value.to(self.device) for value in data.conditions))
@@ -140,9 +148,10 @@ class Trainer:
         growing = config.density.every > 0 and step < config.density.last
         if growing:
             render.means2d.retain_grad()
-        loss = photometric_loss(
-            level.cut(render.image, camera, background), target, weight=level.weight(frame), threads=self.threads
-        )
+        image = level.cut(render.image, camera, background)
+        loss = photometric_loss(image, target, weight=level.weight(frame), threads=self.threads)
+        if self._perceptual is not None:
+            loss = loss + config.perceptual * self._perceptual(image, target)
         for optimiser in self._optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -10,8 +10,11 @@ from pipeline.errors import StageError
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.avatars import TrainingData
     from pipeline.clip import Clip
+    from pipeline.perceptual import PerceptualLoss
     from pipeline.training import Trainer
 
 CHECKPOINT_SECONDS = 10.0
@@ -42,7 +45,7 @@ def run(run: StageRun) -> Result:
     torch.set_num_threads(1)
     try:
         data = load_data(run, load_clip(run.subject, run.config.train.resolution))
-        trainer = Trainer(data, run.config.train, device, run.threads)
+        trainer = Trainer(data, run.config.train, device, run.threads, load_perceptual_loss(run, device))
         trainer.resume(run.scratch)
         optimise(run, trainer)
         return finish(run, trainer, len(data))
@@ -96,6 +99,19 @@ def load_data(run: StageRun, clip: Clip) -> TrainingData:
         None if inside.min() == 1 else inside,
         crops.confidences,
     )
+
+
+def load_perceptual_loss(run: StageRun, device: torch.device) -> PerceptualLoss | None:
+    """The loss that `train.perceptual` weighs; None where that is 0 or, with words, without its weights."""
+    from pipeline.perceptual import load_perceptual
+
+    if run.config.train.perceptual == 0:
+        return None
+    try:
+        return load_perceptual(device)
+    except StageError as error:
+        run.reporter.message(f"The perceptual loss is off: {error.what} To have it, {error.fix}.")
+        return None
 
 
 def optimise(run: StageRun, trainer: Trainer) -> None:

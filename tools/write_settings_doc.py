@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import operator
 from pathlib import Path
+from typing import Any
 
-from pipeline.config import PRESETS, describe, preset_config
+from pipeline.config import PRESETS, Avatar, describe, preset_config
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
@@ -20,14 +21,20 @@ def settings_page() -> str:
         "changed runs again, the others stay. Values are shown per preset where presets differ.",
         "",
     ]
-    plain = {preset: preset_config(preset).model_dump() for preset in PRESETS}
+
+    def values_of(name: str) -> list[Any]:
+        # What one avatar model alone reads is shown as its presets have it.
+        avatar: Avatar = "gaussianhead" if name.startswith("train.gaussianhead.") else "rigged"
+        plain = (preset_config(preset, avatar).model_dump() for preset in PRESETS)
+        return [functools.reduce(operator.getitem, name.split("."), settings) for settings in plain]
+
     section = ""
     for name, kind, text in describe():
         head = name.partition(".")[0]
         if head != section:
             section = head
             lines += ["", f"## {section}", "", "| setting | type | value | meaning |", "|---|---|---|---|"]
-        values = [functools.reduce(operator.getitem, name.split("."), plain[preset]) for preset in PRESETS]
+        values = values_of(name)
         shown = str(values[0]) if len({str(v) for v in values}) == 1 else " / ".join(map(str, values))
         kind = kind.replace("|", "or")
         lines.append(f"| `{name}` | {kind} | {shown} | {' '.join(text.split())} |")

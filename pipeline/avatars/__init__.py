@@ -33,7 +33,11 @@ WEIGHTS = "avatar.safetensors"
 DESCRIPTION = "avatar.json"
 
 # name -> module and class; imported when asked for.
-MODELS = {"rigged": ("pipeline.avatars.rigged", "RiggedAvatar")}
+MODELS = {
+    "rigged": ("pipeline.avatars.rigged", "RiggedAvatar"),
+    "gaussianhead": ("pipeline.avatars.gaussianhead", "GaussianHeadAvatar"),
+    "gaussianhead-plus": ("pipeline.avatars.gaussianhead", "GaussianHeadPlusAvatar"),
+}
 
 
 class Condition(NamedTuple):

@@ -16,7 +16,7 @@ from avatar_data import write_subject
 
 from pipeline.avatars import load_avatar
 from pipeline.clip import split
-from pipeline.config import Config, EvaluateConfig, TrainConfig
+from pipeline.config import Config, EvaluateConfig, GaussianHeadConfig, TrainConfig
 from pipeline.dataset import Subject
 from pipeline.errors import Interrupted, StageError
 from pipeline.progress import PlainReporter
@@ -52,7 +52,12 @@ def poison(subject: Subject, frame: int) -> None:
     np.savez(path, **fit)
 
 
-def test_test_frames_leave_the_weights_bit_identical(tmp_path: Path) -> None:
+@pytest.mark.parametrize("avatar", ["rigged", "gaussianhead"])
+def test_test_frames_leave_the_weights_bit_identical(avatar: str, tmp_path: Path) -> None:
+    own = GaussianHeadConfig(field_layers=2, field_width=32, warmup_steps=5)
+    config = CONFIG.model_copy(
+        update={"train": CONFIG.train.model_copy(update={"avatar": avatar, "gaussianhead": own, "steps": 15})}
+    )
     results = []
     for name, poisoned in (("clean", False), ("poisoned", True)):
         subject = write_subject(tmp_path / name)
@@ -62,16 +67,28 @@ def test_test_frames_leave_the_weights_bit_identical(tmp_path: Path) -> None:
             for frame in test:
                 poison(subject, frame)
             (subject.stage("matte") / "foreground/000022.jpg").unlink()
-        run = stage_run(subject, tmp_path / f"work-{name}")
+        run = stage_run(subject, tmp_path / f"work-{name}", config=config)
         result = train.run(run)
         assert result.metrics["frames"] == len(training)
         results.append((run.work / "avatar.safetensors").read_bytes())
     assert results[0] == results[1]
 
     poison(subject, 3)
-    run = stage_run(subject, tmp_path / "work-third")
+    run = stage_run(subject, tmp_path / "work-third", config=config)
     train.run(run)
     assert (run.work / "avatar.safetensors").read_bytes() != results[0]
+
+
+def test_without_its_weights_the_perceptual_loss_is_off_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HEADCAST_CACHE", str(tmp_path / "cache"))
+    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"perceptual": 0.01, "steps": 2})})
+    run = stage_run(write_subject(tmp_path / "s"), tmp_path / "work", config=config, reporter=PlainReporter())
+    assert train.run(run).metrics["steps"] == 2
+    said = capsys.readouterr()
+    assert "perceptual loss is off: Asset 'vgg16'" in said.out + said.err
+    assert "headcast assets fetch vgg16" in said.out + said.err
 
 
 def test_a_run_leaves_what_the_layout_promises(tmp_path: Path) -> None:
