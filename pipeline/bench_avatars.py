@@ -163,15 +163,17 @@ def _baselines(subject: Subject, threads: int) -> dict[str, Any]:
 
     metrics = _metrics(subject)
     clip, frames = load_clip(subject, metrics["resolution"][0]), metrics["per_frame"]["frame"]
-    truths = load_crops(clip, frames, threads=threads).images / 255
+    truths = load_crops(clip, frames, threads=threads).images
     baselines = {}
     for name, figures in metrics["baselines"].items():
-        baselines[name] = {**figures, "ssim": None, "flip": None}
         picks = metrics["per_frame"]["baselines"][name]["frame"]
+        similarity, error = [], []
         if None not in picks:
-            pairs = list(zip(truths, load_crops(clip, picks, threads=threads).images / 255, strict=True))
-            baselines[name]["ssim"] = round(mean(ssim(*pair) for pair in pairs), 5)
-            baselines[name]["flip"] = round(mean(float(flip_map(*pair).mean()) for pair in pairs), 5)
+            for truth, pick in zip(truths, load_crops(clip, picks, threads=threads).images, strict=True):
+                similarity.append(ssim(truth / 255, pick / 255))
+                error.append(float(flip_map(truth / 255, pick / 255).mean()))
+        means = {key: round(mean(each), 5) if each else None for key, each in (("ssim", similarity), ("flip", error))}
+        baselines[name] = {**figures, **means}
     return {"held_out": len(frames), "baselines": baselines}
 
 
