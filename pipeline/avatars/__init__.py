@@ -335,10 +335,10 @@ def _refuse_oversize(settings: Any, weights: dict[str, Tensor]) -> None:
 
 
 def _refuse_nonsense(avatar: AvatarModel, weights: dict[str, Tensor]) -> None:
-    """Refuse an avatar that cannot be driven, or has numbers that are none; it is driven once, at rest.
+    """Refuse an avatar with numbers that are none, or that cannot be driven and rendered; at rest it is, to one pixel.
 
     Raises:
-        ValueError: what is wrong with it; the model's own code may raise others.
+        ValueError: what is wrong with it; the code of model and rasteriser may raise others.
     """
     made = avatar.state_dict()
     for name, weight in weights.items():
@@ -348,7 +348,5 @@ def _refuse_nonsense(avatar: AvatarModel, weights: dict[str, Tensor]) -> None:
             raise ValueError(f"'{name}' holds values that are not finite")
     if not all(isinstance(name, str) for name in (avatar.head, *avatar.expression_names)):
         raise ValueError("the names of its head or expressions are none")
-    gaussians = avatar.gaussians(avatar.neutral)
-    for name, value in zip(Gaussians._fields, gaussians, strict=True):
-        if isinstance(value, Tensor) and not torch.isfinite(value).all():
-            raise ValueError(f"at rest its {name} are not finite")
+    if not torch.isfinite(avatar.render(avatar.neutral, torch.eye(3), 1, 1, backend="reference").image).all():
+        raise ValueError("at rest it is nothing that can be shown")
