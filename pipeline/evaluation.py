@@ -73,6 +73,7 @@ class ClipRenderer:
         """The avatar, which is on `device`, driven by the clip it was fitted to, or by another one."""
         Ks = torch.as_tensor(clip.Ks, dtype=torch.float32, device=device)
         conditions = conditions_of(clip, device)
+        avatar.threads = threads
         return ClipRenderer(avatar, conditions, Ks, clip.cameras, clip.resolution, threads, clip.inside())
 
     def render(self, frame: int) -> Picture:

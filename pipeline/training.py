@@ -71,8 +71,9 @@ class Entry:
 
 
 def compile_kernels(device: torch.device | str, report: Callable[[str], None]) -> None:
-    """Have the rasteriser and the loss compiled where they are (the CPU); `report` is told if that takes a while."""
+    """Have all kernels compiled where they are (the CPU); `report` is told if that takes a while."""
     if torch.device(device).type == "cpu":
+        from pipeline.avatars import deformation  # noqa: F401 - so that its kernels are among them
         from pipeline.rasterize.cpu import warm_up
 
         warm_up(report)
@@ -102,6 +103,7 @@ class Trainer:
         self.device = torch.device(device)
         self.avatar: AvatarModel = avatar_class(config.avatar).start(data, config, np.random.default_rng(config.seed))
         self.avatar.to(self.device)
+        self.avatar.threads = threads
         self._clip = _digest(data)
         self.head = f"{data.head.name} {data.head.version}"
         self.step_count = 0

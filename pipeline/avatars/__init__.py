@@ -132,8 +132,10 @@ class AvatarModel(nn.Module, ABC):
         head: name of the head model it was fitted with.
         expression_names: [E] names of the coefficients it is driven by.
         neutral: the condition of rest in the training clip's typical pose.
+        threads: of its own CPU kernels; None takes torch.get_num_threads().
     """
 
+    threads: int | None = None
     name: ClassVar[str]
     head: str
     expression_names: tuple[str, ...]

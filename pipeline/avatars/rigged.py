@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.avatars import Gaussians, ParameterGroup, TrainingData
+from pipeline.avatars.deformation import Rest, deform
 from pipeline.avatars.rig import EXACT, Prepared, Rig, RigAvatar, features_of
 from pipeline.avatars.seeding import start_on_head
 from pipeline.geometry import quaternion_multiply, skew
@@ -77,22 +78,31 @@ class RiggedAvatar(RigAvatar):
 
     def deform(self, prepared: Prepared) -> Gaussians:
         """The Gaussians of one prepared condition, in the camera's coordinates."""
-        n = self.count
-        ridden = self.ridden(prepared)
-        learned = (self.driver(prepared.features) @ self.basis.flatten(1)).view(n, -1) * self.units
-        joints = self.joint_weights()
-        bent = (prepared.torso_shape @ self.torso_basis.flatten(1)).view(n, 3) * (_BEND_UNIT * joints[:, 1:2])
-        rest = self.means + ridden[:, :3] + learned[:, _MEAN] + bent
-        turn = 0.5 * (ridden[:, 3:] + learned[:, _ROTATION])
         twists = self.twist(prepared.features) * self.twist_units
-        nudge = torch.eye(3, device=rest.device) + skew(twists[:, :3])
+        nudge = torch.eye(3, device=twists.device) + skew(twists[:, :3])
         rotations = prepared.rotations @ nudge
         translations = prepared.translations + (prepared.rotations @ twists[:, 3:, None]).squeeze(-1)
         # A small rotation vector is twice the vector part of its quaternion; the rasteriser normalises.
-        small = torch.cat([torch.ones_like(turn[:, :1]), turn], 1)
         half = torch.cat([torch.ones_like(twists[:, :1]), 0.5 * twists[:, :3]], 1)
         turns = quaternion_multiply(prepared.quats, half)
-        posed = self.skin(rest, quaternion_multiply(small, self.quats), joints, rotations, translations, turns)
+        coefficients, shape = self.driver(prepared.features), _BEND_UNIT * prepared.torso_shape
+        if self.means.device.type == "cpu" and self.means.dtype == torch.float32:
+            rest = Rest(
+                *(self.means, self.quats, self.log_scales, self.opacity_logits, self.colors),
+                *(self.torso_logits, self.skull_logits, self.rig_eyes),
+            )
+            joints = torch.cat([rotations.flatten(1), translations, turns], 1)
+            mixed = (prepared.expression, self.follow, coefficients, self.basis, shape, self.torso_basis)
+            return Gaussians(*deform(rest, self.units, *mixed, joints, self.threads))
+        n = self.count
+        ridden = self.ridden(prepared)
+        learned = (coefficients @ self.basis.flatten(1)).view(n, -1) * self.units
+        joints = self.joint_weights()
+        bent = (shape @ self.torso_basis.flatten(1)).view(n, 3) * joints[:, 1:2]
+        moved = self.means + ridden[:, :3] + learned[:, _MEAN] + bent
+        turn = 0.5 * (ridden[:, 3:] + learned[:, _ROTATION])
+        small = torch.cat([torch.ones_like(turn[:, :1]), turn], 1)
+        posed = self.skin(moved, quaternion_multiply(small, self.quats), joints, rotations, translations, turns)
         return Gaussians(
             *posed,
             torch.exp(self.log_scales + learned[:, _SCALE]),

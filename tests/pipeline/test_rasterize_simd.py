@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from numba import njit
 
 from pipeline import losses
+from pipeline.avatars import deformation
 from pipeline.rasterize import harmonics, kernels, reference, simd, team
 
 
@@ -20,7 +21,7 @@ def test_cached_kernels_know_what_they_were_compiled_with() -> None:
     for module in (simd, team, reference):
         digest.update(Path(str(module.__file__)).read_bytes())
     expected = digest.hexdigest()[:16]
-    for module in (harmonics, kernels, losses):
+    for module in (deformation, harmonics, kernels, losses):
         assert expected == module.INLINED_SOURCES, f"set INLINED_SOURCES of {module.__name__} to {expected}"
 
 
