@@ -152,7 +152,7 @@ class GaussianHeadConfig(Section):
     """Width of the decoders' hidden layers."""
     color_width: int = Field(48, ge=1, le=512)
     """Width of the layer before the spherical harmonics."""
-    sh_degree: int = Field(3, ge=0, le=3)
+    sh_degree: int = Field(3, ge=1, le=3)
     """Highest degree of the spherical harmonics."""
     sh_every: int = Field(1000, ge=1)
     """Steps from one degree to the next."""
@@ -265,11 +265,14 @@ _SMALL_GAUSSIANHEAD = {
     "train.gaussianhead.rotation_rate": 4e-3,
     "train.gaussianhead.scale_rate": 1e-2,
     "train.gaussianhead.geometry_rate": 1e-3,
+    "train.gaussianhead.field_rate": 3e-3,
+    "train.gaussianhead.color_rate": 5e-3,
+    "train.gaussianhead.mean_final_rate": 8e-5,
     "train.gaussianhead.final_share": 0.1,
 }
 _GAUSSIANHEAD_CHANGES: dict[Preset, dict[str, Any]] = {
     "quick": {**_SMALL_GAUSSIANHEAD},
-    "standard": {**_SMALL_GAUSSIANHEAD},
+    "standard": {**_SMALL_GAUSSIANHEAD, "train.gaussians": 10_000, "train.steps": 4000},
     "best": {"train.gaussians": 10_000, "train.density.every": 100, "train.perceptual": 0.01},
 }
 # What a preset changes further where the avatar is not `rigged`.
