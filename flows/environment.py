@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -35,6 +38,17 @@ def quiet_prefect() -> None:
     end_orphaned_servers()
     if not {"PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_HOME"} & set(os.environ):
         os.environ["PREFECT_HOME"] = str(_own_home())
+
+
+def shield_server() -> None:
+    """Start embedded servers in a process group of their own, once Prefect is imported.
+
+    A terminal sends Ctrl+C to the whole group; without its server a run that stops would wait for it for minutes.
+    """
+    from prefect.server.api import server
+
+    popen = functools.partial(subprocess.Popen, process_group=0)
+    vars(server)["subprocess"] = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
 
 
 def _own_home() -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from flows.environment import quiet_prefect
+from flows.environment import quiet_prefect, shield_server
 from pipeline.threads import one_blas_thread
 
 quiet_prefect()
@@ -34,6 +34,8 @@ from pipeline.run import (  # noqa: E402
 )
 from pipeline.stage import inspect_stages, run_stage  # noqa: E402
 from stages import STAGES  # noqa: E402
+
+shield_server()
 
 
 def _run_name() -> str:

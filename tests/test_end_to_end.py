@@ -172,14 +172,22 @@ def test_run_disturbed_in_training_ends_like_an_undisturbed_one(copy: Site, numb
     with (
         open(log, "w") as stream,
         subprocess.Popen(
-            arguments, cwd=copy.folder, env=copy.environment, stdout=subprocess.DEVNULL, stderr=stream
+            arguments,
+            cwd=copy.folder,
+            env=copy.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=stream,
+            start_new_session=True,
         ) as process,
     ):
         deadline = time.monotonic() + 200
         while not list(copy.subject.glob(".work/train-*/scratch")) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(1.0)
-        process.send_signal(number)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
         process.wait(60)
     assert not (copy.subject / "train").exists(), "half a stage is never shown"
     if number == signal.SIGINT:
