@@ -180,6 +180,8 @@ class GaussianHeadConfig(Section):
     """The harmonics above degree 0 learn so many times more slowly."""
     joint_rate: float = Field(0.02, gt=0)
     """Learning rate of the shares of head, torso and skull."""
+    bend_rate: float = Field(2e-3, gt=0)
+    """Learning rate of how the torso's modes bend it, in units of 5 mm."""
     color_rate: float = Field(0.0, ge=0)
     """Learning rate of a colour that each Gaussian adds to the network's answer; 0 keeps it as it starts."""
     final_share: float = Field(1.0, gt=0, le=1)

@@ -5,7 +5,8 @@ derivation: its moved mean turned by them gives K doppelgangers, which read thei
 they project on it. From the features come opacity and, with the direction of view, spherical harmonics.
 
 Gaussians stand in the head's coordinates. The paper hangs all of them on the head and drives the field by expression
-alone; here they ride on the rig (`pipeline.avatars.rig`), which knows torso, eyes and skull, unless it is switched off.
+alone; here, unless it is switched off, they ride on the rig (`pipeline.avatars.rig`), which knows torso, eyes and skull,
+and the torso bends by a learned basis, linear in its shape.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 # What one unit of the field's answer means: share of the extent, radians, log-scale.
 _MEAN_UNIT, _ROTATION_UNIT, _SCALE_UNIT = 0.1, 0.3, 0.5
 
+# Metres that one unit of a torso mode moves a Gaussian.
+_BEND_UNIT = 0.005
 # How opaque Gaussians start on the head, and at random as in 3DGS.
 _START_OPACITY = {"head": 0.7, "random": 0.1}
 # Band 0 of the spherical harmonics.
@@ -72,6 +75,7 @@ class GaussianHeadAvatar(RigAvatar):
         self.register_buffer("reached", torch.zeros(2, dtype=torch.int64))
         self.opacity_logits = nn.Parameter(torch.zeros(n))
         self.colors = nn.Parameter(torch.zeros(n, 3))
+        self.torso_basis = nn.Parameter(torch.zeros(shape, n, 3))
         self.derivation: nn.Parameter | None = None
         if config.derivations:
             at_rest = torch.tensor([1.0, 0, 0, 0]).repeat(n, groups, 1)
@@ -96,7 +100,8 @@ class GaussianHeadAvatar(RigAvatar):
     def row_axes(self) -> dict[str, int]:
         """See `AvatarModel.row_axes`."""
         optional = [name for name in ("derivation", "vectors") if getattr(self, name) is not None]
-        return {**super().row_axes(), **dict.fromkeys(["opacity_logits", "colors", *optional], 0)}
+        own = dict.fromkeys(["opacity_logits", "colors", *optional], 0)
+        return {**super().row_axes(), **own, "torso_basis": 1}
 
     def at_step(self, step: int, steps: int) -> None:
         """Switch the field on after the warm-up, and raise the harmonics by degrees."""
@@ -106,8 +111,9 @@ class GaussianHeadAvatar(RigAvatar):
     def deform(self, prepared: Prepared) -> Gaussians:
         """The Gaussians of one prepared condition, in the head's coordinates."""
         degree, deforms = self.reached.tolist()
-        ridden = self.ridden(prepared)
-        shift, turn, log_scales = ridden[:, :3], ridden[:, 3:], self.log_scales
+        ridden, joints = self.ridden(prepared), self.joint_weights()
+        bent = (prepared.torso_shape @ self.torso_basis.flatten(1)).view(-1, 3) * (_BEND_UNIT * joints[:, 1:2])
+        shift, turn, log_scales = ridden[:, :3] + bent, ridden[:, 3:], self.log_scales
         if self.field is not None and deforms:
             motion = self.field((self.means - self.centre) / self.radius, self.code(prepared))
             shift = shift + _MEAN_UNIT * self.radius * motion.mean
@@ -122,7 +128,7 @@ class GaussianHeadAvatar(RigAvatar):
         posed = self.skin(
             rest,
             quaternion_multiply(small, self.quats),
-            self.joint_weights(),
+            joints,
             R_cam_head.T @ prepared.rotations,
             (prepared.translations - t_cam_head) @ R_cam_head,
             quaternion_multiply(to_head.expand(5, 4), prepared.quats),
@@ -180,6 +186,7 @@ class GaussianHeadAvatar(RigAvatar):
             groups.append(group("colors", [self.colors], config.color_rate))
         if config.rig:
             groups.append(group("joints", [self.torso_logits, self.skull_logits], config.joint_rate))
+            groups.append(group("torso_basis", [self.torso_basis], config.bend_rate))
         if self.derivation is not None:
             groups.append(group("derivation", [self.derivation], config.derivation_rate, sphere=True))
         if self.field is not None:
