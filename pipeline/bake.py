@@ -1,0 +1,312 @@
+"""Bake an avatar of any model: sample its Gaussians, find the few shapes they move in, and what weights these.
+
+Sampled are the training conditions, mixtures of them, and each coefficient alone, so that coefficients which never move
+in the clip do as the model itself says. What an error of a Gaussian's number costs in the picture is measured through
+the rasteriser; the shapes are the principal components in that metric, and so fine their steps of eight bits are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.avatars import AvatarModel, Condition, Gaussians, row, splat
+from pipeline.avatars.baked import (
+    COLUMNS,
+    GAZE,
+    LIMIT,
+    POSE,
+    BakedAvatar,
+    Bones,
+    drive_of,
+    inputs_of,
+    pose,
+    shares,
+)
+from pipeline.frames import evenly
+from pipeline.gaze import eyes_of
+from pipeline.geometry import invert_rigid, matrix_to_rotvec, quaternion_multiply
+from pipeline.torso import Torso, TorsoPredictor
+
+SHAPES = 24
+HIDDEN = 32
+
+OWN_ROWS, MIXED_ROWS = 120, 80
+MIXED_WEIGHT, PROBE_WEIGHT = 0.7, 0.3
+"""What a mixture of training conditions and a coefficient alone count beside a training condition."""
+MIXING = (-0.3, 1.3)
+SAMPLE_BYTES = 400_000_000
+"""Memory for samples; avatars of more Gaussians than fit get fewer of them."""
+METRIC_FRAMES = 12
+LEAST_SENSITIVITY = 0.1
+"""Hidden Gaussians count so much of an average one: another pose may show them."""
+NOISE_DB = 58.0
+"""PSNR of the full picture with the rounding of the shapes' values alone."""
+RIDGE = 1e-3
+# How far a Gaussian may depart from rest, by column: a coefficient alone can drive a model where it never was.
+FARTHEST = (0.05,) * 3 + (1.0,) * 3 + (1.5,) * 3 + (0.7,) * 3 + (8.0,)
+# Spread of the drive below which it counts as constant: coefficients; radians; then by turn, move and shape.
+FLOORS = {"expression": 0.05, "gaze": 0.05, "turn": 0.02, "move": 0.005, "shape": 0.0005}
+OPACITY_LIMIT = 1e-4
+NETWORK_STEPS, NETWORK_RATE, NETWORK_DECAY = 400, 1e-2, 1e-4
+PROBE_SHIFT_M = 1.0
+
+
+class Samples(NamedTuple):
+    """S conditions and what they count."""
+
+    conditions: Condition
+    weights: Tensor
+    """[S]."""
+    own: int
+    """The first so many are conditions of the clip."""
+
+
+@torch.no_grad()
+def bake(
+    avatar: AvatarModel,
+    conditions: Condition,
+    Ks: Tensor,
+    size: int,
+    *,
+    threads: int | None = None,
+    on_sample: Callable[[], None] = lambda: None,
+) -> BakedAvatar:
+    """Linear blendshapes that come near an avatar of any model.
+
+    Args:
+        avatar: the full model, on the CPU.
+        conditions: T training conditions; never those of held-out frames.
+        Ks: [T,3,3] intrinsics of the pictures that shall come near.
+        size: their width and height in pixels.
+        threads: of the rasteriser.
+        on_sample: called after each evaluation of the full model.
+    """
+    neutral, names = avatar.neutral, avatar.expression_names
+    rows = min(OWN_ROWS + MIXED_ROWS, max(32, SAMPLE_BYTES // (4 * COLUMNS * avatar.count) - len(names) - 2 * GAZE))
+    own = np.array(evenly(len(conditions.eyes), rows * OWN_ROWS // (OWN_ROWS + MIXED_ROWS)))
+    samples = _samples(conditions, own, rows - len(own), neutral, names)
+    joints = _joints(avatar, neutral)
+    joint_weights = shares(joints)
+    start = _camera(avatar.gaussians(neutral))
+    bone = Bones(*(value[0] for value in Bones.of(_stacked([neutral]))))
+    quats = _unturned(start, joint_weights, bone)
+    quats = (quats / quats.norm(dim=1, keepdim=True)).half().float()
+    rest = at_rest(start, quats, joint_weights, bone)
+    rest[6:] = rest[6:].half().float()
+    departures = torch.empty(len(samples.weights), COLUMNS, avatar.count)
+    prepared, bones = avatar.prepare(samples.conditions), Bones.of(samples.conditions)
+    farthest = torch.tensor(FARTHEST)[:, None]
+    for i in range(len(departures)):
+        found = at_rest(_camera(avatar.deform(row(prepared, i))), quats, joint_weights, Bones(*(v[i] for v in bones)))
+        departures[i] = (found - rest).clamp(-farthest, farthest)
+        on_sample()
+    views = [(rest + departures[i], Bones(*(v[i] for v in bones)), Ks[own[i]]) for i in evenly(len(own), METRIC_FRAMES)]
+    metric = _sensitivity(views, quats, joint_weights, size, threads)
+
+    latents, bases = _principal(departures.flatten(1), samples, metric.flatten())
+    shapes, steps = _rounded(bases.view(len(bases), COLUMNS, -1), metric, size)
+    typical_head = neutral.T_cam_head
+    typical_torso = invert_rigid(neutral.T_cam_head) @ neutral.T_cam_torso
+    drive = drive_of(samples.conditions, typical_head, typical_torso)
+    mean, scale = _spread(drive[: samples.own], len(names))
+    linear, normal = inputs_of(drive, mean, scale, len(names))
+    predictor = TorsoPredictor.fit(*_torso(conditions))
+    arrays = {
+        "means": rest[:3],
+        "appearance": rest[6:],
+        "quats": quats,
+        "joints": joints,
+        "shapes": shapes,
+        "shape_steps": steps,
+        **_regression(linear, normal, latents, samples.weights),
+        "drive_mean": mean,
+        "drive_scale": scale,
+        "typical_head": typical_head,
+        "typical_torso": typical_torso,
+        **{f"neutral_{name}": value for name, value in neutral._asdict().items()},
+        **{f"predictor_{name}": torch.from_numpy(value) for name, value in predictor._asdict().items()},
+    }
+    return BakedAvatar({name: value.clone() for name, value in arrays.items()}, avatar.head, names)
+
+
+def at_rest(gaussians: Gaussians, quats: Tensor, joints: Tensor, bones: Bones) -> Tensor:
+    """[13,N]: what `pose` makes these Gaussians from."""
+    linear, shift, _ = bones.blended(joints)
+    means = _solve(linear, gaussians.means - shift)
+    own = quaternion_multiply(_unturned(gaussians, joints, bones), quats * quats.new_tensor([1, -1, -1, -1]))
+    own = torch.where(own[:, :1] < 0, -own, own)
+    # A half turn has no tangent; what comes near is held there.
+    turn = own[:, 1:] / own[:, :1].clamp(min=0.3 * own.norm(dim=1, keepdim=True))
+    opacity = torch.logit(gaussians.opacities, OPACITY_LIMIT)[None]
+    return torch.cat([means.T, turn.T, gaussians.scales.log().T, gaussians.colors.T, opacity])
+
+
+def _unturned(gaussians: Gaussians, joints: Tensor, bones: Bones) -> Tensor:
+    """[N,4] turns of Gaussians at rest, of any norm."""
+    _, _, turn = bones.blended(joints)
+    return quaternion_multiply(turn * turn.new_tensor([1, -1, -1, -1]), gaussians.quats)
+
+
+def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """[N,3] solutions of 3 x 3 systems by Cramer's rule: for this many, solvers are slow."""
+    a, b, c = matrices.unbind(-1)
+    bc = torch.linalg.cross(b, c)
+    determinant = (a * bc).sum(-1, keepdim=True)
+    rows = torch.stack([bc, torch.linalg.cross(c, a), torch.linalg.cross(a, b)], 1)
+    return (rows @ vectors[..., None])[..., 0] / determinant
+
+
+def _camera(gaussians: Gaussians) -> Gaussians:
+    return gaussians
+
+
+def _stacked(conditions: list[Condition]) -> Condition:
+    return Condition(*(torch.stack(values) for values in zip(*conditions, strict=True)))
+
+
+def _samples(
+    conditions: Condition, own: np.ndarray, mixed: int, neutral: Condition, names: tuple[str, ...]
+) -> Samples:
+    """Training conditions, mixtures of two expressions in the pose of a third, and each coefficient and gaze alone."""
+    rng = np.random.default_rng(0)
+    first, second, posed = (
+        Condition(*(value[rng.choice(len(conditions.eyes), mixed)] for value in conditions)) for _ in range(3)
+    )
+    share = torch.from_numpy(rng.uniform(*MIXING, mixed)).float()
+    mixtures = posed._replace(
+        expression=torch.lerp(first.expression, second.expression, share[:, None]).clamp(0, 1),
+        eyes=torch.lerp(first.eyes, second.eyes, share[:, None, None]),
+    )
+    alone = torch.eye(len(names))
+    gaze = torch.zeros(2 * GAZE, 2, 3)
+    gaze[:, :, :2] = torch.cat([0.3 * torch.eye(GAZE), -0.3 * torch.eye(GAZE)]).view(-1, 2, 2)
+    count = len(alone) + len(gaze)
+    probes = Condition(*(value.expand(count, *value.shape) for value in neutral))._replace(
+        expression=(neutral.expression + torch.cat([alone, torch.zeros(len(gaze), len(names))])).clamp(0, 1),
+        eyes=neutral.eyes + torch.cat([eyes_of(alone, names), gaze]),
+    )
+    clip = Condition(*(value[own] for value in conditions))
+    joined = Condition(*(torch.cat(parts) for parts in zip(clip, mixtures, probes, strict=True)))
+    weights = [1.0] * len(own) + [MIXED_WEIGHT] * mixed + [PROBE_WEIGHT] * count
+    return Samples(joined, torch.tensor(weights), len(own))
+
+
+def _joints(avatar: AvatarModel, neutral: Condition) -> Tensor:
+    """Bytes [N,2] of how far each Gaussian goes along when the torso and the skull alone are moved."""
+    directions = PROBE_SHIFT_M * torch.eye(3)
+    start = _camera(avatar.gaussians(neutral)).means
+    found = []
+    for name in ("T_cam_torso", "T_cam_skull"):
+        share = torch.zeros(len(start))
+        for direction in directions:
+            moved = getattr(neutral, name).clone()
+            moved[:3, 3] += direction
+            share += (_camera(avatar.gaussians(neutral._replace(**{name: moved}))).means - start) @ direction
+        found.append(share / (3 * PROBE_SHIFT_M**2))
+    shares = torch.stack(found, 1).clamp(0, 1)
+    shares = shares / shares.sum(1, keepdim=True).clamp(min=1)
+    return (shares * 255).floor().to(torch.uint8)
+
+
+def _sensitivity(
+    views: list[tuple[Tensor, Bones, Tensor]], quats: Tensor, joints: Tensor, size: int, threads: int | None
+) -> Tensor:
+    """[13,N] root of the squared error in a picture (sum over pixels and channels) per squared error in a number.
+
+    Mean over views, by random signs at the pixels: their product with the picture has a gradient whose square is that
+    sum in expectation (Hutchinson 1989).
+    """
+    rng, total = np.random.default_rng(1), torch.zeros(COLUMNS, len(quats))
+    for rest, bones, K in views:
+        with torch.enable_grad():
+            leaf = rest.clone().requires_grad_()
+            image = splat(pose(leaf, quats, joints, bones), K, size, size, torch.ones(3), threads=threads).image
+            signs = torch.from_numpy(rng.choice(np.array([-1, 1], np.float32), image.shape))
+            (gradient,) = torch.autograd.grad((image * signs).sum(), leaf)
+        total += gradient.square()
+    mean = total / len(views)
+    return (mean + LEAST_SENSITIVITY**2 * mean.mean(1, keepdim=True)).sqrt()
+
+
+def _principal(departures: Tensor, samples: Samples, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [S,K] and shapes [K,13N] that come nearest to departures [S,13N]; weights have unit spread in the clip."""
+    S = len(departures)
+    gram = torch.zeros(S, S, dtype=torch.float64)
+    for part in torch.arange(departures.shape[1]).split(100_000):
+        seen = departures[:, part] * (samples.weights[:, None] * metric[part])
+        gram += seen @ seen.T
+    _, vectors = torch.linalg.eigh(gram)
+    vectors = vectors.flip(1)[:, :SHAPES].float()
+    weights = vectors / samples.weights[:, None]
+    unit = weights[: samples.own].square().mean(0).sqrt() + 1e-3 * weights.square().mean(0).sqrt() + 1e-12
+    return weights / unit, unit[:, None] * (vectors.T @ (departures * samples.weights[:, None]))
+
+
+def _rounded(bases: Tensor, metric: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Eight bits [K,13,N] and steps [K,13], of half precision, of shapes.
+
+    A step is no finer than the picture can tell; where that is coarse, most values are 0, which packs well. Where the
+    largest values need more than 127 steps, of a few larger steps and of cutting them off what costs less is taken.
+    """
+    noise = 3 * size**2 * 10 ** (-NOISE_DB / 10)
+    coarse = (12 * noise / (bases[0].numel() * len(bases))) ** 0.5 / metric.square().mean(1).sqrt()
+    whole = bases.abs().amax(2) / 127
+    best = torch.full_like(whole, torch.inf)
+    kept, steps = torch.zeros(bases.shape, dtype=torch.int8), torch.zeros_like(whole)
+    for share in (1.0, 0.7, 0.5, 0.35, 0.25, 0.15):
+        step = torch.maximum(share * whole, coarse).half().float().clamp(min=2.0**-24)
+        values = (bases / step[..., None]).round().clamp(-127, 127)
+        cost = (metric * (values * step[..., None] - bases)).square().sum(2)
+        better = cost < best
+        best, steps = torch.where(better, cost, best), torch.where(better, step, steps)
+        kept = torch.where(better[..., None], values.to(torch.int8), kept)
+    return kept, steps
+
+
+def _spread(drive: Tensor, expressions: int) -> tuple[Tensor, Tensor]:
+    shapes = drive.shape[1] - expressions - GAZE - POSE
+    floors = [FLOORS["expression"]] * expressions + [FLOORS["gaze"]] * GAZE
+    floors += 2 * ([FLOORS["turn"]] * 3 + [FLOORS["move"]] * 3) + [FLOORS["shape"]] * shapes
+    return drive.mean(0), drive.std(0, correction=0) + torch.tensor(floors)
+
+
+def _torso(conditions: Condition):
+    poses, shape = conditions.T_cam_torso.double().numpy(), conditions.torso_shape.double().numpy()
+    return conditions.T_cam_head.double().numpy(), Torso(poses, shape, np.ones(len(poses)))
+
+
+def _regression(linear: Tensor, normal: Tensor, latents: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    w = weights[:, None]
+    X = w * torch.cat([torch.ones_like(linear[:, :1]), linear], 1)
+    ridge = RIDGE * torch.eye(X.shape[1])
+    L = torch.linalg.solve(X.T @ X + ridge, X.T @ (w * latents))
+    rest = w * latents - X @ L
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(HIDDEN, normal.shape[1], generator=generator) / normal.shape[1] ** 0.5
+    bias, out = torch.zeros(HIDDEN), torch.zeros(latents.shape[1], HIDDEN)
+    unit = rest.square().mean().sqrt().clamp(min=1e-12)
+    more = torch.zeros_like(L)
+    parameters = [p.requires_grad_() for p in (hidden, bias, out, more)]
+    with torch.enable_grad():
+        optimiser = torch.optim.Adam(parameters, lr=NETWORK_RATE)
+        for step in range(NETWORK_STEPS):
+            for group in optimiser.param_groups:
+                group["lr"] = NETWORK_RATE * 0.5 * (1 + np.cos(np.pi * step / NETWORK_STEPS))
+            optimiser.zero_grad()
+            error = w * (torch.tanh(normal @ hidden.T + bias) @ out.T) + X @ more - rest / unit
+            loss = error.square().mean() + NETWORK_DECAY * sum(p.square().mean() for p in parameters)
+            loss.backward()
+            optimiser.step()
+    L = L + unit * more.detach()
+    return {
+        "offset": L[0],
+        "linear": L[1:].T,
+        "hidden": hidden.detach(),
+        "hidden_bias": bias.detach(),
+        "correctives": unit * out.detach(),
+    }
