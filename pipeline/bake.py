@@ -18,7 +18,6 @@ from pipeline.avatars import AvatarModel, Condition, Gaussians, row, splat
 from pipeline.avatars.baked import (
     COLUMNS,
     GAZE,
-    LIMIT,
     POSE,
     BakedAvatar,
     Bones,
@@ -29,18 +28,20 @@ from pipeline.avatars.baked import (
 )
 from pipeline.frames import evenly
 from pipeline.gaze import eyes_of
-from pipeline.geometry import invert_rigid, matrix_to_rotvec, quaternion_multiply
+from pipeline.geometry import invert_rigid, matrix_to_quaternion, quaternion_multiply, transform_points
+from pipeline.rasterize.reference import sh_to_colors
 from pipeline.torso import Torso, TorsoPredictor
 
-SHAPES = 24
-HIDDEN = 32
+SHAPES = 32
+HIDDEN = 64
 
 OWN_ROWS, MIXED_ROWS = 120, 80
-MIXED_WEIGHT, PROBE_WEIGHT = 0.7, 0.3
+MIXED_WEIGHT, PROBE_WEIGHT = 0.7, 0.6
 """What a mixture of training conditions and a coefficient alone count beside a training condition."""
 MIXING = (-0.3, 1.3)
 SAMPLE_BYTES = 400_000_000
 """Memory for samples; avatars of more Gaussians than fit get fewer of them."""
+LEAST_ROWS = 32
 METRIC_FRAMES = 12
 LEAST_SENSITIVITY = 0.1
 """Hidden Gaussians count so much of an average one: another pose may show them."""
@@ -48,7 +49,7 @@ NOISE_DB = 58.0
 """PSNR of the full picture with the rounding of the shapes' values alone."""
 RIDGE = 1e-3
 # How far a Gaussian may depart from rest, by column: a coefficient alone can drive a model where it never was.
-FARTHEST = (0.05,) * 3 + (1.0,) * 3 + (1.5,) * 3 + (0.7,) * 3 + (8.0,)
+FARTHEST = (0.1,) * 3 + (2.0,) * 3 + (1.5,) * 3 + (0.7,) * 3 + (8.0,)
 # Spread of the drive below which it counts as constant: coefficients; radians; then by turn, move and shape.
 FLOORS = {"expression": 0.05, "gaze": 0.05, "turn": 0.02, "move": 0.005, "shape": 0.0005}
 OPACITY_LIMIT = 1e-4
@@ -64,6 +65,14 @@ class Samples(NamedTuple):
     """[S]."""
     own: int
     """The first so many are conditions of the clip."""
+
+
+def sample_rows(avatar: AvatarModel, frames: int) -> tuple[int, int, int]:
+    """How many training conditions, mixtures and probes are sampled of a clip of so many training frames."""
+    probes = len(avatar.expression_names) + 2 * GAZE
+    rows = min(OWN_ROWS + MIXED_ROWS, max(LEAST_ROWS, SAMPLE_BYTES // (4 * COLUMNS * avatar.count) - probes))
+    own = min(frames, rows * OWN_ROWS // (OWN_ROWS + MIXED_ROWS))
+    return own, rows - own, probes
 
 
 @torch.no_grad()
@@ -87,12 +96,12 @@ def bake(
         on_sample: called after each evaluation of the full model.
     """
     neutral, names = avatar.neutral, avatar.expression_names
-    rows = min(OWN_ROWS + MIXED_ROWS, max(32, SAMPLE_BYTES // (4 * COLUMNS * avatar.count) - len(names) - 2 * GAZE))
-    own = np.array(evenly(len(conditions.eyes), rows * OWN_ROWS // (OWN_ROWS + MIXED_ROWS)))
-    samples = _samples(conditions, own, rows - len(own), neutral, names)
+    count, mixed, _ = sample_rows(avatar, len(conditions.eyes))
+    own = np.array(evenly(len(conditions.eyes), count))
+    samples = _samples(conditions, own, mixed, neutral, names)
     joints = _joints(avatar, neutral)
     joint_weights = shares(joints)
-    start = _camera(avatar.gaussians(neutral))
+    start = _in_camera(avatar.gaussians(neutral))
     bone = Bones(*(value[0] for value in Bones.of(_stacked([neutral]))))
     quats = _unturned(start, joint_weights, bone)
     quats = (quats / quats.norm(dim=1, keepdim=True)).half().float()
@@ -102,7 +111,9 @@ def bake(
     prepared, bones = avatar.prepare(samples.conditions), Bones.of(samples.conditions)
     farthest = torch.tensor(FARTHEST)[:, None]
     for i in range(len(departures)):
-        found = at_rest(_camera(avatar.deform(row(prepared, i))), quats, joint_weights, Bones(*(v[i] for v in bones)))
+        found = at_rest(
+            _in_camera(avatar.deform(row(prepared, i))), quats, joint_weights, Bones(*(v[i] for v in bones))
+        )
         departures[i] = (found - rest).clamp(-farthest, farthest)
         on_sample()
     views = [(rest + departures[i], Bones(*(v[i] for v in bones)), Ks[own[i]]) for i in evenly(len(own), METRIC_FRAMES)]
@@ -115,7 +126,8 @@ def bake(
     drive = drive_of(samples.conditions, typical_head, typical_torso)
     mean, scale = _spread(drive[: samples.own], len(names))
     linear, normal = inputs_of(drive, mean, scale, len(names))
-    predictor = TorsoPredictor.fit(*_torso(conditions))
+    heads, torsos, bends = (conditions[i].double().numpy() for i in (1, 2, 5))
+    predictor = TorsoPredictor.fit(heads, Torso(torsos, bends, np.ones(len(heads))))
     arrays = {
         "means": rest[:3],
         "appearance": rest[6:],
@@ -136,8 +148,8 @@ def bake(
 
 def at_rest(gaussians: Gaussians, quats: Tensor, joints: Tensor, bones: Bones) -> Tensor:
     """[13,N]: what `pose` makes these Gaussians from."""
-    linear, shift, _ = bones.blended(joints)
-    means = _solve(linear, gaussians.means - shift)
+    blended = (joints @ bones.rotations.flatten(1)).view(-1, 3, 3)
+    means = _solve(blended, gaussians.means - joints @ bones.translations)
     own = quaternion_multiply(_unturned(gaussians, joints, bones), quats * quats.new_tensor([1, -1, -1, -1]))
     own = torch.where(own[:, :1] < 0, -own, own)
     # A half turn has no tangent; what comes near is held there.
@@ -148,8 +160,7 @@ def at_rest(gaussians: Gaussians, quats: Tensor, joints: Tensor, bones: Bones) -
 
 def _unturned(gaussians: Gaussians, joints: Tensor, bones: Bones) -> Tensor:
     """[N,4] turns of Gaussians at rest, of any norm."""
-    _, _, turn = bones.blended(joints)
-    return quaternion_multiply(turn * turn.new_tensor([1, -1, -1, -1]), gaussians.quats)
+    return quaternion_multiply(joints @ bones.quats * gaussians.quats.new_tensor([1, -1, -1, -1]), gaussians.quats)
 
 
 def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
@@ -161,17 +172,22 @@ def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
     return (rows @ vectors[..., None])[..., 0] / determinant
 
 
-def _camera(gaussians: Gaussians) -> Gaussians:
-    return gaussians
+def _in_camera(gaussians: Gaussians) -> Gaussians:
+    """The same in the camera's coordinates, in the plain colours that the camera sees."""
+    means, quats, scales, opacities, colors, sh_degree, T_cam_world = gaussians
+    T_cam_world = torch.eye(4) if T_cam_world is None else T_cam_world
+    if sh_degree is not None:
+        colors = sh_to_colors(sh_degree, means, colors, T_cam_world)
+    turn = matrix_to_quaternion(T_cam_world[:3, :3])
+    turned = quaternion_multiply(turn.expand_as(quats), quats)
+    return Gaussians(transform_points(T_cam_world, means), turned, scales, opacities, colors)
 
 
 def _stacked(conditions: list[Condition]) -> Condition:
     return Condition(*(torch.stack(values) for values in zip(*conditions, strict=True)))
 
 
-def _samples(
-    conditions: Condition, own: np.ndarray, mixed: int, neutral: Condition, names: tuple[str, ...]
-) -> Samples:
+def _samples(conditions: Condition, own: np.ndarray, mixed: int, neutral: Condition, names: tuple[str, ...]) -> Samples:
     """Training conditions, mixtures of two expressions in the pose of a third, and each coefficient and gaze alone."""
     rng = np.random.default_rng(0)
     first, second, posed = (
@@ -199,14 +215,14 @@ def _samples(
 def _joints(avatar: AvatarModel, neutral: Condition) -> Tensor:
     """Bytes [N,2] of how far each Gaussian goes along when the torso and the skull alone are moved."""
     directions = PROBE_SHIFT_M * torch.eye(3)
-    start = _camera(avatar.gaussians(neutral)).means
+    start = _in_camera(avatar.gaussians(neutral)).means
     found = []
     for name in ("T_cam_torso", "T_cam_skull"):
         share = torch.zeros(len(start))
         for direction in directions:
             moved = getattr(neutral, name).clone()
             moved[:3, 3] += direction
-            share += (_camera(avatar.gaussians(neutral._replace(**{name: moved}))).means - start) @ direction
+            share += (_in_camera(avatar.gaussians(neutral._replace(**{name: moved}))).means - start) @ direction
         found.append(share / (3 * PROBE_SHIFT_M**2))
     shares = torch.stack(found, 1).clamp(0, 1)
     shares = shares / shares.sum(1, keepdim=True).clamp(min=1)
@@ -234,7 +250,7 @@ def _sensitivity(
 
 
 def _principal(departures: Tensor, samples: Samples, metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [S,K] and shapes [K,13N] that come nearest to departures [S,13N]; weights have unit spread in the clip."""
+    """Weights [S,K], of unit spread in the clip, and shapes [K,13N] that come nearest to departures [S,13N]."""
     S = len(departures)
     gram = torch.zeros(S, S, dtype=torch.float64)
     for part in torch.arange(departures.shape[1]).split(100_000):
@@ -273,11 +289,6 @@ def _spread(drive: Tensor, expressions: int) -> tuple[Tensor, Tensor]:
     floors = [FLOORS["expression"]] * expressions + [FLOORS["gaze"]] * GAZE
     floors += 2 * ([FLOORS["turn"]] * 3 + [FLOORS["move"]] * 3) + [FLOORS["shape"]] * shapes
     return drive.mean(0), drive.std(0, correction=0) + torch.tensor(floors)
-
-
-def _torso(conditions: Condition):
-    poses, shape = conditions.T_cam_torso.double().numpy(), conditions.torso_shape.double().numpy()
-    return conditions.T_cam_head.double().numpy(), Torso(poses, shape, np.ones(len(poses)))
 
 
 def _regression(linear: Tensor, normal: Tensor, latents: Tensor, weights: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The one map between the turns of the eyes and the eight eyeLook* coefficients, in both directions.
 
-An eye's rotation vector is (pitch, yaw, 0): pitch down and yaw towards the subject's left are positive. A coefficient of
-1 turns the eye by `GAZE_RANGE_RAD`; of two opposite coefficients (In and Out, Up and Down) the difference counts.
+An eye's rotation vector is (pitch, yaw, 0): pitch down and yaw towards the subject's left are positive. A coefficient
+of 1 turns the eye by `GAZE_RANGE_RAD`; of two opposite coefficients (In and Out, Up and Down) the difference counts.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pipeline.avatars import AvatarModel, Condition, Gaussians, ParameterGroup, TrainingData
+from pipeline.avatars.rig import RigAvatar, with_predicted_torso
 from pipeline.errors import UserError
 from pipeline.gaze import eyes_of
 from pipeline.geometry import invert_rigid, matrix_to_quaternion, matrix_to_rotvec, quaternion_multiply
-from pipeline.torso import TorsoPredictor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,10 +67,12 @@ HALF = ("appearance", "quats", "shape_steps")
 
 
 class Bones(NamedTuple):
-    """Head, torso and skull in the camera; of a sequence, T leads."""
+    """Poses of head, torso and skull, Ts_cam_joint; of a sequence, T leads."""
 
-    transforms: Tensor
-    """[3,3,4] upper rows of Ts_cam_joint."""
+    rotations: Tensor
+    """[3,3,3]."""
+    translations: Tensor
+    """[3,3]."""
     quats: Tensor
     """[3,4] the same rotations, all on the head's side of the sphere."""
 
@@ -80,12 +82,7 @@ class Bones(NamedTuple):
         poses = torch.stack([conditions.T_cam_head, conditions.T_cam_torso, conditions.T_cam_skull], 1)
         quats = matrix_to_quaternion(poses[..., :3, :3])
         other_side = (quats * quats[:, :1]).sum(-1, keepdim=True) < 0
-        return cls(poses[..., :3, :], torch.where(other_side, -quats, quats))
-
-    def blended(self, joints: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one frame, by weights [N,3]: linear parts [N,3,3], shifts [N,3] and quaternions [N,4] of any norm."""
-        rows = (joints @ self.transforms.flatten(1)).view(-1, 3, 4)
-        return rows[..., :3], rows[..., 3], joints @ self.quats
+        return cls(poses[..., :3, :3], poses[..., :3, 3], torch.where(other_side, -quats, quats))
 
 
 class Prepared(NamedTuple):
@@ -93,10 +90,12 @@ class Prepared(NamedTuple):
 
     weights: Tensor
     """[T,K] of the blendshapes."""
-    transforms: Tensor
-    """[T,3,3,4] of the bones."""
+    rotations: Tensor
+    """[T,3,3,3], this and the next two of the bones."""
+    translations: Tensor
+    """[T,3,3]."""
     quats: Tensor
-    """[T,3,4] of the bones."""
+    """[T,3,4]."""
 
 
 class BakedAvatar(AvatarModel):
@@ -158,14 +157,9 @@ class BakedAvatar(AvatarModel):
         The eyes look where the eyeLook* coefficients say, the skull moves with the head, and the torso as it did with
         the head in the training clip.
         """
-        fields = (getattr(self, f"predictor_{name}").double().cpu().numpy() for name in TorsoPredictor._fields)
-        torso, shape = (
-            torch.as_tensor(array, dtype=expression.dtype, device=expression.device)
-            for array in TorsoPredictor(*fields).predict(Ts_cam_head.double().cpu().numpy())
-        )
-        neck = matrix_to_rotvec(torso[:, :3, :3].transpose(-1, -2) @ Ts_cam_head[:, :3, :3])
         eyes = eyes_of(expression, self.expression_names)
-        return Condition(expression, Ts_cam_head, torso, neck, eyes, shape, Ts_cam_head)
+        head = Condition(expression, Ts_cam_head, Ts_cam_head, eyes[:, 0], eyes, eyes[:, 0, :0], Ts_cam_head)
+        return with_predicted_torso(self, head)
 
     def prepare(self, conditions: Condition) -> Prepared:
         """See `Prepared`."""
@@ -178,7 +172,7 @@ class BakedAvatar(AvatarModel):
     def deform(self, prepared: Prepared) -> Gaussians:
         """The Gaussians of one prepared condition, in the camera's coordinates."""
         rest = self.rest + (prepared.weights @ self.bases).view(COLUMNS, -1)
-        return pose(rest, self.quats, self.joint_weights, Bones(prepared.transforms, prepared.quats))
+        return pose(rest, self.quats, self.joint_weights, Bones(*prepared[1:]))
 
     def settings(self) -> dict[str, Any]:
         """Names; everything else is an array."""
@@ -203,8 +197,12 @@ class BakedAvatar(AvatarModel):
         raise UserError("A baked avatar is made from a trained one.", "train another model; the export bakes it")
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """None."""
+        """None: nothing is trained."""
         return []
+
+    def row_axes(self) -> dict[str, int]:
+        """None: its Gaussians stay as they are."""
+        return {}
 
 
 def drive_of(conditions: Condition, typical_head: Tensor, typical_torso: Tensor) -> Tensor:
@@ -237,13 +235,9 @@ def shares(joints: Tensor) -> Tensor:
 
 def pose(rest: Tensor, quats: Tensor, joints: Tensor, bones: Bones) -> Gaussians:
     """Gaussians in the camera from those at rest [13,N], their resting turns [N,4] and joint weights [N,3]."""
-    linear, shift, turn = bones.blended(joints)
-    means = (linear @ rest[MEAN].T[..., None])[..., 0] + shift
-    own = torch.cat([torch.ones_like(rest[:1]), rest[TURN]]).T
-    turned = quaternion_multiply(turn, quaternion_multiply(own, quats))
-    return Gaussians(
-        means, turned, torch.exp(rest[LOG_SCALE].T), torch.sigmoid(rest[OPACITY]), rest[COLOR].T.contiguous()
-    )
+    turn = torch.cat([torch.ones_like(rest[:1]), rest[TURN]]).T
+    posed = RigAvatar.skin(rest[MEAN].T, quaternion_multiply(turn, quats), joints, *bones)
+    return Gaussians(*posed, torch.exp(rest[LOG_SCALE].T), torch.sigmoid(rest[OPACITY]), rest[COLOR].T.contiguous())
 
 
 def _check(weights: dict[str, Tensor], expressions: int) -> None:
