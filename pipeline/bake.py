@@ -7,7 +7,7 @@ the rasteriser; the shapes are the principal components in that metric, and so f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from pipeline.avatars import AvatarModel, Condition, Gaussians, row, splat
 from pipeline.avatars.baked import (
     COLUMNS,
     GAZE,
+    LOG_SCALE,
     POSE,
     BakedAvatar,
     Bones,
@@ -28,12 +29,20 @@ from pipeline.avatars.baked import (
 )
 from pipeline.frames import evenly
 from pipeline.gaze import eyes_of
-from pipeline.geometry import invert_rigid, matrix_to_quaternion, quaternion_multiply, transform_points
+from pipeline.geometry import (
+    invert_rigid,
+    make_rigid,
+    matrix_to_quaternion,
+    matrix_to_rotvec,
+    quaternion_multiply,
+    rotvec_to_matrix,
+    transform_points,
+)
 from pipeline.rasterize.reference import sh_to_colors
 from pipeline.torso import Torso, TorsoPredictor
 
-SHAPES = 32
-HIDDEN = 64
+MOTION, SHADING, HIDDEN = 56, 12, 64
+"""Shapes of mean and turn, shapes of scale, colour and opacity, and units of the correctives' network."""
 
 OWN_ROWS, MIXED_ROWS = 120, 80
 MIXED_WEIGHT, PROBE_WEIGHT = 0.7, 0.6
@@ -47,7 +56,7 @@ LEAST_SENSITIVITY = 0.1
 """Hidden Gaussians count so much of an average one: another pose may show them."""
 NOISE_DB = 58.0
 """PSNR of the full picture with the rounding of the shapes' values alone."""
-RIDGE = 1e-3
+RIDGE = 1e-5
 # How far a Gaussian may depart from rest, by column: a coefficient alone can drive a model where it never was.
 FARTHEST = (0.1,) * 3 + (2.0,) * 3 + (1.5,) * 3 + (0.7,) * 3 + (8.0,)
 # Spread of the drive below which it counts as constant: coefficients; radians; then by turn, move and shape.
@@ -88,39 +97,40 @@ def bake(
     """Linear blendshapes that come near an avatar of any model.
 
     Args:
-        avatar: the full model, on the CPU.
+        avatar: the full model, on any device.
         conditions: T training conditions; never those of held-out frames.
         Ks: [T,3,3] intrinsics of the pictures that shall come near.
         size: their width and height in pixels.
         threads: of the rasteriser.
         on_sample: called after each evaluation of the full model.
+
+    Returns:
+        the baked avatar, on the CPU, as its file will give it.
     """
-    neutral, names = avatar.neutral, avatar.expression_names
+    names = avatar.expression_names
+    conditions, neutral = (Condition(*(value.cpu() for value in given)) for given in (conditions, avatar.neutral))
     count, mixed, _ = sample_rows(avatar, len(conditions.eyes))
     own = np.array(evenly(len(conditions.eyes), count))
     samples = _samples(conditions, own, mixed, neutral, names)
     joints = _joints(avatar, neutral)
-    joint_weights = shares(joints)
-    start = _in_camera(avatar.gaussians(neutral))
-    bone = Bones(*(value[0] for value in Bones.of(_stacked([neutral]))))
-    quats = _unturned(start, joint_weights, bone)
-    quats = (quats / quats.norm(dim=1, keepdim=True)).half().float()
-    rest = at_rest(start, quats, joint_weights, bone)
-    rest[6:] = rest[6:].half().float()
+    weights = shares(joints)
+    alone = Condition(*(value[None] for value in neutral))
+    (start,), bone = _evaluate(avatar, alone), row(Bones.of(alone), 0)
+    quats = torch.nn.functional.normalize(_unturned(start, weights, bone), dim=1).half().float()
+    rest = at_rest(start, quats, weights, bone)
+    rest[LOG_SCALE.start :] = rest[LOG_SCALE.start :].half().float()
     departures = torch.empty(len(samples.weights), COLUMNS, avatar.count)
-    prepared, bones = avatar.prepare(samples.conditions), Bones.of(samples.conditions)
-    farthest = torch.tensor(FARTHEST)[:, None]
-    for i in range(len(departures)):
-        found = at_rest(
-            _in_camera(avatar.deform(row(prepared, i))), quats, joint_weights, Bones(*(v[i] for v in bones))
-        )
-        departures[i] = (found - rest).clamp(-farthest, farthest)
+    bones, farthest = Bones.of(samples.conditions), torch.tensor(FARTHEST)[:, None]
+    for i, gaussians in enumerate(_evaluate(avatar, samples.conditions)):
+        departures[i] = (at_rest(gaussians, quats, weights, row(bones, i)) - rest).clamp(-farthest, farthest)
         on_sample()
-    views = [(rest + departures[i], Bones(*(v[i] for v in bones)), Ks[own[i]]) for i in evenly(len(own), METRIC_FRAMES)]
-    metric = _sensitivity(views, quats, joint_weights, size, threads)
+    views = [(rest + departures[i], row(bones, i), Ks[own[i]]) for i in evenly(len(own), METRIC_FRAMES)]
+    metric = _sensitivity(views, quats, weights, size, threads)
 
-    latents, bases = _principal(departures.flatten(1), samples, metric.flatten())
-    shapes, steps = _rounded(bases.view(len(bases), COLUMNS, -1), metric, size)
+    parts = ((slice(0, LOG_SCALE.start), MOTION), (slice(LOG_SCALE.start, COLUMNS), SHADING))
+    found = [_principal(departures[:, columns], samples, metric[columns], count) for columns, count in parts]
+    latents, shown = torch.cat([part[0] for part in found], 1), torch.cat([part[2] for part in found])
+    rounded = [_rounded(part[1], metric[columns], size) for (columns, _), part in zip(parts, found, strict=True)]
     typical_head = neutral.T_cam_head
     typical_torso = invert_rigid(neutral.T_cam_head) @ neutral.T_cam_torso
     drive = drive_of(samples.conditions, typical_head, typical_torso)
@@ -133,9 +143,11 @@ def bake(
         "appearance": rest[6:],
         "quats": quats,
         "joints": joints,
-        "shapes": shapes,
-        "shape_steps": steps,
-        **_regression(linear, normal, latents, samples.weights),
+        "motion": rounded[0][0],
+        "motion_steps": rounded[0][1],
+        "shading": rounded[1][0],
+        "shading_steps": rounded[1][1],
+        **_regression(linear, normal, latents, samples.weights, shown),
         "drive_mean": mean,
         "drive_scale": scale,
         "typical_head": typical_head,
@@ -172,31 +184,45 @@ def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
     return (rows @ vectors[..., None])[..., 0] / determinant
 
 
-def _in_camera(gaussians: Gaussians) -> Gaussians:
-    """The same in the camera's coordinates, in the plain colours that the camera sees."""
-    means, quats, scales, opacities, colors, sh_degree, T_cam_world = gaussians
-    T_cam_world = torch.eye(4) if T_cam_world is None else T_cam_world
-    if sh_degree is not None:
-        colors = sh_to_colors(sh_degree, means, colors, T_cam_world)
-    turn = matrix_to_quaternion(T_cam_world[:3, :3])
-    turned = quaternion_multiply(turn.expand_as(quats), quats)
-    return Gaussians(transform_points(T_cam_world, means), turned, scales, opacities, colors)
-
-
-def _stacked(conditions: list[Condition]) -> Condition:
-    return Condition(*(torch.stack(values) for values in zip(*conditions, strict=True)))
+def _evaluate(avatar: AvatarModel, conditions: Condition) -> Iterator[Gaussians]:
+    """The Gaussians of each condition in the camera's coordinates, in the plain colours that the camera sees."""
+    device = next(avatar.buffers()).device
+    prepared = avatar.prepare(Condition(*(value.to(device) for value in conditions)))
+    for i in range(len(conditions.eyes)):
+        means, quats, scales, opacities, colors, sh_degree, T_cam_world = avatar.deform(row(prepared, i))
+        if T_cam_world is None:
+            T_cam_world = torch.eye(4, device=device)
+        if sh_degree is not None:
+            colors = sh_to_colors(sh_degree, means, colors, T_cam_world)
+        turn = matrix_to_quaternion(T_cam_world[:3, :3]).expand_as(quats)
+        seen = transform_points(T_cam_world, means), quaternion_multiply(turn, quats), scales, opacities, colors
+        means, quats, scales, opacities, colors = (value.cpu() for value in seen)
+        yield Gaussians(means, quats, scales, opacities, colors)
 
 
 def _samples(conditions: Condition, own: np.ndarray, mixed: int, neutral: Condition, names: tuple[str, ...]) -> Samples:
-    """Training conditions, mixtures of two expressions in the pose of a third, and each coefficient and gaze alone."""
+    """Training conditions, mixtures of their parts, and each coefficient and gaze alone.
+
+    In the clip expression, turn, place and torso go together; mixtures tell apart which of them does what.
+    """
     rng = np.random.default_rng(0)
-    first, second, posed = (
-        Condition(*(value[rng.choice(len(conditions.eyes), mixed)] for value in conditions)) for _ in range(3)
+
+    first, second, turned, moved, bent = (
+        Condition(*(value[rows] for value in conditions))
+        for rows in torch.from_numpy(rng.integers(len(conditions.eyes), size=(5, mixed)))
     )
-    share = torch.from_numpy(rng.uniform(*MIXING, mixed)).float()
-    mixtures = posed._replace(
-        expression=torch.lerp(first.expression, second.expression, share[:, None]).clamp(0, 1),
-        eyes=torch.lerp(first.eyes, second.eyes, share[:, None, None]),
+    share, reach = torch.from_numpy(rng.uniform(*MIXING, (2, mixed))).float()
+    turn = matrix_to_rotvec(first.T_cam_head[:, :3, :3].mT @ turned.T_cam_head[:, :3, :3])
+    head = make_rigid(first.T_cam_head[:, :3, :3] @ rotvec_to_matrix(reach[:, None] * turn), moved.T_cam_head[:, :3, 3])
+    torso = head @ invert_rigid(bent.T_cam_head) @ bent.T_cam_torso
+    mixtures = Condition(
+        torch.lerp(first.expression, second.expression, share[:, None]).clamp(0, 1),
+        head,
+        torso,
+        matrix_to_rotvec(torso[:, :3, :3].mT @ head[:, :3, :3]),
+        torch.lerp(first.eyes, second.eyes, share[:, None, None]),
+        bent.torso_shape,
+        head @ invert_rigid(moved.T_cam_head) @ moved.T_cam_skull,
     )
     alone = torch.eye(len(names))
     gaze = torch.zeros(2 * GAZE, 2, 3)
@@ -206,7 +232,7 @@ def _samples(conditions: Condition, own: np.ndarray, mixed: int, neutral: Condit
         expression=(neutral.expression + torch.cat([alone, torch.zeros(len(gaze), len(names))])).clamp(0, 1),
         eyes=neutral.eyes + torch.cat([eyes_of(alone, names), gaze]),
     )
-    clip = Condition(*(value[own] for value in conditions))
+    clip = Condition(*(value[torch.from_numpy(own)] for value in conditions))
     joined = Condition(*(torch.cat(parts) for parts in zip(clip, mixtures, probes, strict=True)))
     weights = [1.0] * len(own) + [MIXED_WEIGHT] * mixed + [PROBE_WEIGHT] * count
     return Samples(joined, torch.tensor(weights), len(own))
@@ -214,19 +240,16 @@ def _samples(conditions: Condition, own: np.ndarray, mixed: int, neutral: Condit
 
 def _joints(avatar: AvatarModel, neutral: Condition) -> Tensor:
     """Bytes [N,2] of how far each Gaussian goes along when the torso and the skull alone are moved."""
-    directions = PROBE_SHIFT_M * torch.eye(3)
-    start = _in_camera(avatar.gaussians(neutral)).means
-    found = []
-    for name in ("T_cam_torso", "T_cam_skull"):
-        share = torch.zeros(len(start))
-        for direction in directions:
-            moved = getattr(neutral, name).clone()
-            moved[:3, 3] += direction
-            share += (_in_camera(avatar.gaussians(neutral._replace(**{name: moved}))).means - start) @ direction
-        found.append(share / (3 * PROBE_SHIFT_M**2))
-    shares = torch.stack(found, 1).clamp(0, 1)
-    shares = shares / shares.sum(1, keepdim=True).clamp(min=1)
-    return (shares * 255).floor().to(torch.uint8)
+    names = ("T_cam_torso", "T_cam_skull")
+    probes = Condition(*(value.repeat(1 + 3 * len(names), *[1] * value.dim()) for value in neutral))
+    for i, name in enumerate(names):
+        getattr(probes, name)[1 + 3 * i : 4 + 3 * i, :3, 3] += PROBE_SHIFT_M * torch.eye(3)
+    start, *moved = (gaussians.means for gaussians in _evaluate(avatar, probes))
+    went = torch.stack([m - start for m in moved], -1).unflatten(-1, (len(names), 3))
+    along = went.diagonal(dim1=1, dim2=3).mean(-1).clamp(0, PROBE_SHIFT_M) / PROBE_SHIFT_M
+    found = (255 * along / along.sum(1, keepdim=True).clamp(min=1)).round()
+    found[:, 0] -= (found.sum(1) - 255).clamp(min=0)
+    return found.to(torch.uint8)
 
 
 def _sensitivity(
@@ -249,22 +272,22 @@ def _sensitivity(
     return (mean + LEAST_SENSITIVITY**2 * mean.mean(1, keepdim=True)).sqrt()
 
 
-def _principal(departures: Tensor, samples: Samples, metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [S,K], of unit spread in the clip, and shapes [K,13N] that come nearest to departures [S,13N]."""
-    S = len(departures)
-    gram = torch.zeros(S, S, dtype=torch.float64)
-    for part in torch.arange(departures.shape[1]).split(100_000):
-        seen = departures[:, part] * (samples.weights[:, None] * metric[part])
+def _principal(departures: Tensor, samples: Samples, metric: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [S,K], 1 at most, shapes [K,C,N] that come nearest to departures [S,C,N], what each shows [K]."""
+    gram = torch.zeros(2 * departures.shape[:1], dtype=torch.float64)
+    for column, sensitivity in zip(departures.unbind(1), metric, strict=True):
+        seen = column * (samples.weights[:, None] * sensitivity)
         gram += seen @ seen.T
-    _, vectors = torch.linalg.eigh(gram)
-    vectors = vectors.flip(1)[:, :SHAPES].float()
+    energies, vectors = torch.linalg.eigh(gram)
+    energies, vectors = energies.flip(0)[:count].clamp(min=0).float(), vectors.flip(1)[:, :count].float()
     weights = vectors / samples.weights[:, None]
-    unit = weights[: samples.own].square().mean(0).sqrt() + 1e-3 * weights.square().mean(0).sqrt() + 1e-12
-    return weights / unit, unit[:, None] * (vectors.T @ (departures * samples.weights[:, None]))
+    unit = weights.abs().amax(0).clamp(min=1e-12)
+    shapes = (vectors * samples.weights[:, None]).T @ departures.flatten(1)
+    return weights / unit, (unit[:, None] * shapes).unflatten(1, departures.shape[1:]), unit * energies.sqrt()
 
 
 def _rounded(bases: Tensor, metric: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Eight bits [K,13,N] and steps [K,13], of half precision, of shapes.
+    """Eight bits [K,C,N] and steps [K,C], of half precision, of shapes.
 
     A step is no finer than the picture can tell; where that is coarse, most values are 0, which packs well. Where the
     largest values need more than 127 steps, of a few larger steps and of cutting them off what costs less is taken.
@@ -291,11 +314,13 @@ def _spread(drive: Tensor, expressions: int) -> tuple[Tensor, Tensor]:
     return drive.mean(0), drive.std(0, correction=0) + torch.tensor(floors)
 
 
-def _regression(linear: Tensor, normal: Tensor, latents: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def _regression(linear: Tensor, normal: Tensor, latents: Tensor, weights: Tensor, shown: Tensor) -> dict[str, Tensor]:
+    shown = shown / shown.max().clamp(min=1e-12) + 1e-6
+    latents = latents * shown
     w = weights[:, None]
     X = w * torch.cat([torch.ones_like(linear[:, :1]), linear], 1)
     ridge = RIDGE * torch.eye(X.shape[1])
-    L = torch.linalg.solve(X.T @ X + ridge, X.T @ (w * latents))
+    L = torch.linalg.solve((X.T @ X + ridge).double(), (X.T @ (w * latents)).double()).float()
     rest = w * latents - X @ L
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(HIDDEN, normal.shape[1], generator=generator) / normal.shape[1] ** 0.5
@@ -315,9 +340,9 @@ def _regression(linear: Tensor, normal: Tensor, latents: Tensor, weights: Tensor
             optimiser.step()
     L = L + unit * more.detach()
     return {
-        "offset": L[0],
-        "linear": L[1:].T,
+        "offset": L[0] / shown,
+        "linear": (L[1:] / shown).T,
         "hidden": hidden.detach(),
         "hidden_bias": bias.detach(),
-        "correctives": unit * out.detach(),
+        "correctives": unit * out.detach() / shown[:, None],
     }

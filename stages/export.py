@@ -142,14 +142,14 @@ def _write_baked(run: StageRun, clip: Clip, train: NDArray[np.int64], held_out: 
         "loss_by_face_db": round(loss_by_face, 4),
         "psnr": {name: round(value, 4) for name, value in psnr.items()},
         "psnr_against_full": round(mean_psnr(pictures["full"], pictures["baked"]), 4),
-        "shapes": len(baked.shapes),
+        "shapes": len(baked.offset),
         "bytes_packed": packed,
         "seconds": seconds,
     }
     _draw(run, held_out, pictures["baked"])
     size = _megabytes(*(run.work / BAKED / name for name in (WEIGHTS, DESCRIPTION)))
     return figures, (
-        f"{BAKED}/, {size} ({packed / 1e6:.1f} packed), {len(baked.shapes)} linear shapes for any "
+        f"{BAKED}/, {size} ({packed / 1e6:.1f} packed), {len(baked.offset)} linear shapes for any "
         f"ARKit or MediaPipe face tracker: the held-out frames come out at {psnr['baked']:.1f} dB instead of "
         f"{psnr['full']:.1f} ({_loss(loss)}), driven by coefficients and head pose alone at "
         f"{psnr['baked_by_face']:.1f} instead of {psnr['full_by_face']:.1f} ({_loss(loss_by_face)})"

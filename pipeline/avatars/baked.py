@@ -1,9 +1,9 @@
 """The `baked` avatar: linear Gaussian blendshapes, driven by the 52 ARKit coefficients and the head's pose.
 
-Its Gaussians rest in the coordinates of three rigid joints (head, torso, skull), where they are linear in K weights of
-shared blendshapes over mean, turn, scale, colour and opacity. The weights are linear in the drive, plus correctives: a
-tiny network of the drive. `pipeline.bake` makes one from any other avatar; docs/avatars.md has the formula and the
-arrays, so that a player in any language can be written from it.
+Its Gaussians rest in the coordinates of three rigid joints (head, torso, skull), where they are linear in the weights
+of shared shapes: some of motion (mean and turn), fewer of shading (scale, colour, opacity). The weights are linear in
+the drive, plus correctives: a tiny network of the drive. `pipeline.bake` makes one from any other avatar;
+docs/avatars.md has the formula and the arrays, so that a player in any language can be written from it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ GAZE, POSE = 4, 12
 LIMIT = 3.0
 
 # The arrays of a file: their axes by letter or length, and their types where that is not float.
-# N Gaussians, K blendshapes, H hidden units, E coefficients, M torso shapes, D = E + GAZE + POSE + M, P = 6 + M.
+# N Gaussians, G shapes of motion, L of shading, K = G + L, H hidden units, E coefficients, M torso shapes,
+# D = E + GAZE + POSE + M, P = 6 + M.
 ARRAYS: dict[str, tuple[str | int, ...]] = {
     "means": (3, "N"),
     "appearance": (7, "N"),
     "quats": ("N", 4),
     "joints": ("N", 2),
-    "shapes": ("K", COLUMNS, "N"),
-    "shape_steps": ("K", COLUMNS),
+    "motion": ("G", 6, "N"),
+    "motion_steps": ("G", 6),
+    "shading": ("L", 7, "N"),
+    "shading_steps": ("L", 7),
     "offset": ("K",),
     "linear": ("K", "D"),
     "hidden": ("H", "D"),
@@ -62,8 +65,8 @@ ARRAYS: dict[str, tuple[str | int, ...]] = {
     "predictor_shape": ("M",),
     "predictor_weights": (6, "P"),
 }
-TYPES = {"joints": torch.uint8, "shapes": torch.int8}
-HALF = ("appearance", "quats", "shape_steps")
+TYPES = {"joints": torch.uint8, "motion": torch.int8, "shading": torch.int8}
+HALF = ("appearance", "quats", "motion_steps", "shading_steps")
 
 
 class Bones(NamedTuple):
@@ -89,7 +92,7 @@ class Prepared(NamedTuple):
     """Conditions as the model uses them."""
 
     weights: Tensor
-    """[T,K] of the blendshapes."""
+    """[T,K] of the shapes of motion, then of those of shading."""
     rotations: Tensor
     """[T,3,3,3], this and the next two of the bones."""
     translations: Tensor
@@ -115,8 +118,10 @@ class BakedAvatar(AvatarModel):
     means: Tensor
     quats: Tensor
     joints: Tensor
-    shapes: Tensor
-    shape_steps: Tensor
+    motion: Tensor
+    motion_steps: Tensor
+    shading: Tensor
+    shading_steps: Tensor
     offset: Tensor
     linear: Tensor
     hidden: Tensor
@@ -127,7 +132,8 @@ class BakedAvatar(AvatarModel):
     typical_head: Tensor
     typical_torso: Tensor
     rest: Tensor
-    bases: Tensor
+    motion_shapes: Tensor
+    shading_shapes: Tensor
     joint_weights: Tensor
 
     def __init__(self, weights: dict[str, Tensor], head: str, expression_names: tuple[str, ...]) -> None:
@@ -137,8 +143,12 @@ class BakedAvatar(AvatarModel):
         for name, value in weights.items():
             self.register_buffer(name, value.float() if value.is_floating_point() else value)
         rest = torch.cat([self.means, torch.zeros_like(self.means), weights["appearance"].float()])
-        bases = (self.shapes.float() * self.shape_steps[..., None]).flatten(1)
-        for name, value in (("rest", rest), ("bases", bases), ("joint_weights", shares(self.joints))):
+        motion, shading = (
+            (values.float() * steps[..., None]).flatten(1)
+            for values, steps in ((self.motion, self.motion_steps), (self.shading, self.shading_steps))
+        )
+        more = {"rest": rest, "motion_shapes": motion, "shading_shapes": shading, "joint_weights": shares(self.joints)}
+        for name, value in more.items():
             self.register_buffer(name, value, persistent=False)
 
     @property
@@ -171,7 +181,9 @@ class BakedAvatar(AvatarModel):
 
     def deform(self, prepared: Prepared) -> Gaussians:
         """The Gaussians of one prepared condition, in the camera's coordinates."""
-        rest = self.rest + (prepared.weights @ self.bases).view(COLUMNS, -1)
+        motion, shading = prepared.weights.split([len(self.motion), len(self.shading)])
+        departure = torch.cat([motion @ self.motion_shapes, shading @ self.shading_shapes])
+        rest = self.rest + departure.view(COLUMNS, -1)
         return pose(rest, self.quats, self.joint_weights, Bones(*prepared[1:]))
 
     def settings(self) -> dict[str, Any]:
@@ -245,9 +257,9 @@ def _check(weights: dict[str, Tensor], expressions: int) -> None:
     if weights.keys() != ARRAYS.keys():
         raise ValueError(f"arrays that are missing or unknown: {', '.join(sorted(weights.keys() ^ ARRAYS.keys()))}")
     sizes: dict[str | int, int] = {"E": expressions}
-    for letter, name in (("N", "means"), ("K", "offset"), ("H", "hidden_bias"), ("M", "predictor_shape")):
-        sizes[letter] = weights[name].shape[-1] if weights[name].dim() else 0
-    sizes |= {"D": expressions + GAZE + POSE + sizes["M"], "P": 6 + sizes["M"]}
+    lengths = {"N": "joints", "G": "motion", "L": "shading", "H": "hidden", "M": "predictor_shape"}
+    sizes |= {letter: len(weights[name]) if weights[name].dim() else 0 for letter, name in lengths.items()}
+    sizes |= {"K": sizes["G"] + sizes["L"], "D": expressions + GAZE + POSE + sizes["M"], "P": 6 + sizes["M"]}
     for name, axes in ARRAYS.items():
         value, wanted = weights[name], [sizes.get(axis, axis) for axis in axes]
         if list(value.shape) != wanted:
