@@ -51,6 +51,7 @@ MIXING = (-0.3, 1.3)
 SAMPLE_BYTES = 400_000_000
 """Memory for samples; avatars of more Gaussians than fit get fewer of them."""
 LEAST_ROWS = 32
+GAZES = 2 * GAZE + 1
 METRIC_FRAMES = 12
 LEAST_SENSITIVITY = 0.1
 """Hidden Gaussians count so much of an average one: another pose may show them."""
@@ -78,7 +79,7 @@ class Samples(NamedTuple):
 
 def sample_rows(avatar: AvatarModel, frames: int) -> tuple[int, int, int]:
     """How many training conditions, mixtures and probes are sampled of a clip of so many training frames."""
-    probes = len(avatar.expression_names) + 2 * GAZE
+    probes = len(avatar.expression_names) + GAZES
     rows = min(OWN_ROWS + MIXED_ROWS, max(LEAST_ROWS, SAMPLE_BYTES // (4 * COLUMNS * avatar.count) - probes))
     own = min(frames, rows * OWN_ROWS // (OWN_ROWS + MIXED_ROWS))
     return own, rows - own, probes
@@ -225,8 +226,9 @@ def _samples(conditions: Condition, own: np.ndarray, mixed: int, neutral: Condit
         head @ invert_rigid(moved.T_cam_head) @ moved.T_cam_skull,
     )
     alone = torch.eye(len(names))
-    gaze = torch.zeros(2 * GAZE, 2, 3)
-    gaze[:, :, :2] = torch.cat([0.3 * torch.eye(GAZE), -0.3 * torch.eye(GAZE)]).view(-1, 2, 2)
+    # Rest itself is the last of them.
+    gaze = torch.zeros(GAZES, 2, 3)
+    gaze[:-1, :, :2] = torch.cat([0.3 * torch.eye(GAZE), -0.3 * torch.eye(GAZE)]).view(-1, 2, 2)
     count = len(alone) + len(gaze)
     probes = Condition(*(value.expand(count, *value.shape) for value in neutral))._replace(
         expression=(neutral.expression + torch.cat([alone, torch.zeros(len(gaze), len(names))])).clamp(0, 1),

@@ -80,15 +80,13 @@ def test_every_coefficient_does_what_it_does_in_the_full_model(monkeypatch: pyte
     baked, rest = baked_from(full.requires_grad_(False)), full.neutral
     before, ours = seen(full, rest), seen(baked, rest)
     assert psnr(before, ours) > 45
-    off = []
     for i, name in enumerate(EXPRESSIONS):
         alone = torch.eye(len(EXPRESSIONS))[i]
         condition = rest._replace(expression=alone, eyes=rest.eyes + eyes_of(alone[None], EXPRESSIONS)[0])
         wanted, changed = seen(full, condition) - before, seen(baked, condition) - ours
         assert np.abs(wanted).max() > 0.02, name
-        off.append(np.linalg.norm(changed - wanted) / np.linalg.norm(wanted))
-        assert off[-1] < 0.8, name
-    assert np.median(off) < 0.3
+        # A hundredth of a grey level a pixel, 60 dB, is what rounding leaves.
+        assert np.linalg.norm(changed - wanted) < 0.1 * np.linalg.norm(wanted) + 0.12, name
 
 
 def test_it_finds_how_far_torso_and_skull_take_a_gaussian_along(trained: RiggedAvatar, baked: BakedAvatar) -> None:
@@ -215,7 +213,7 @@ def test_it_cannot_be_trained() -> None:
 
 
 def test_large_avatars_are_sampled_less(trained: RiggedAvatar, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sample_rows(trained, 500) == (120, 80, 60)
-    assert sample_rows(trained, 30) == (30, 170, 60)
+    assert sample_rows(trained, 500) == (120, 80, 61)
+    assert sample_rows(trained, 30) == (30, 170, 61)
     monkeypatch.setattr(RiggedAvatar, "count", 60_000)
     assert sum(sample_rows(trained, 500)) * 60_000 * 13 * 4 < 450_000_000
