@@ -85,7 +85,7 @@ def test_every_coefficient_does_what_it_does_in_the_full_model(monkeypatch: pyte
         condition = rest._replace(expression=alone, eyes=rest.eyes + eyes_of(alone[None], EXPRESSIONS)[0])
         wanted, changed = seen(full, condition) - before, seen(baked, condition) - ours
         assert np.abs(wanted).max() > 0.02, name
-        # A hundredth of a grey level a pixel, 60 dB, is what rounding leaves.
+        # A quarter of a grey level is what rounding leaves.
         assert np.linalg.norm(changed - wanted) < 0.1 * np.linalg.norm(wanted) + 0.12, name
 
 
