@@ -235,6 +235,12 @@ class ExportConfig(Section):
 
     ply: bool = True
     """Write the neutral avatar as a standard 3DGS PLY."""
+    bake: bool = True
+    """Bake the avatar to linear blendshapes, which any ARKit or MediaPipe face tracker can drive."""
+    compact: Literal["half", "quantised"] = "half"
+    """How the avatar's weights are kept: in half precision as training leaves them, or in 8 bits a value."""
+    max_loss_db: float = Field(0.1, ge=0)
+    """PSNR that the held-out frames may lose to 8 bits; weights that would cost more stay in half precision."""
 
 
 class Config(Section):

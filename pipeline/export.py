@@ -1,14 +1,23 @@
-"""An avatar as other tools want it: its neutral state as plain Gaussians, and a camera to look at them."""
+"""An avatar as other tools want it: its neutral state as plain Gaussians, and what its lesser forms cost."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pipeline.avatars import AvatarModel
+from pipeline.avatars import AvatarModel, Condition
+from pipeline.clip import Clip, load_crops
+from pipeline.evaluation import ClipRenderer, Picture
 from pipeline.geometry import invert_rigid, matrix_to_quaternion, quaternion_multiply, transform_points
+from pipeline.metrics import psnr
 from pipeline.ply import Splats, colors_to_sh
 from pipeline.rasterize import render_uint8
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 FRAMING_MARGIN = 1.08
 FRAMED_SHARE = (0.5, 99.5)
@@ -63,3 +72,44 @@ def portrait(splats: Splats, T_cam_head: np.ndarray, size: int, threads: int | N
         means, quats, scales, opacities, sh, torch.from_numpy(np.asarray(T_cam_head)), torch.from_numpy(K), size, size,
         background=torch.ones(3), sh_degree=3, threads=threads,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out frames beside what an avatar shows of them: what a lesser form of it costs is measured here.
+
+    Attributes:
+        renderer: the avatar and what drives it.
+        frames: [n] numbers.
+        truth, full: [n] pictures [R,R,3] in [0,1] over white, of the film and of the avatar.
+    """
+
+    renderer: ClipRenderer
+    frames: list[int]
+    truth: list[NDArray[np.float32]]
+    full: list[NDArray[np.float32]]
+
+    @staticmethod
+    def of(renderer: ClipRenderer, clip: Clip, frames: list[int]) -> HeldOut:
+        """The pictures of these frames of the clip."""
+        crops = load_crops(clip, frames, threads=renderer.threads)
+        truth = [Picture.of(crops, i).image for i in range(len(frames))]
+        return HeldOut(renderer, frames, truth, [renderer.render(frame).image for frame in frames])
+
+    def shown(self, avatar: AvatarModel, conditions: Condition | None = None) -> list[NDArray[np.float32]]:
+        """The same pictures of another avatar, of which `conditions`, where given, drive the whole clip."""
+        renderer = replace(self.renderer, avatar=avatar, conditions=conditions or self.renderer.conditions)
+        return [renderer.render(frame).image for frame in self.frames]
+
+    def psnr(self, pictures: list[NDArray[np.float32]]) -> float:
+        """Of pictures against the film, dB, mean over frames."""
+        return mean_psnr(self.truth, pictures)
+
+    def loss_db(self, avatar: AvatarModel) -> float:
+        """What another avatar's pictures lose to the full one's, dB of PSNR against the film."""
+        return self.psnr(self.full) - self.psnr(self.shown(avatar))
+
+
+def mean_psnr(first: list[NDArray[np.float32]], second: list[NDArray[np.float32]]) -> float:
+    """Mean over pairs of pictures, dB."""
+    return float(np.mean([psnr(a, b) for a, b in zip(first, second, strict=True)]))

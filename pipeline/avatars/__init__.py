@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.dataset import write_atomic, write_json
 from pipeline.errors import UserError
+from pipeline.quantise import pack, unpack
 from pipeline.rasterize import Backend, Render, rasterize
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ MODELS = {
     "rigged": ("pipeline.avatars.rigged", "RiggedAvatar"),
     "gaussianhead": ("pipeline.avatars.gaussianhead", "GaussianHeadAvatar"),
     "gaussianhead-plus": ("pipeline.avatars.gaussianhead", "GaussianHeadPlusAvatar"),
+    "baked": ("pipeline.avatars.baked", "BakedAvatar"),
 }
 
 
@@ -265,18 +268,21 @@ def avatar_class(name: str) -> type[AvatarModel]:
     return found
 
 
-def save_avatar(avatar: AvatarModel, folder: Path, training: dict[str, Any] | None = None) -> int:
+def save_avatar(
+    avatar: AvatarModel, folder: Path, training: dict[str, Any] | None = None, quantised: Collection[str] = ()
+) -> int:
     """Write `avatar.json` and `avatar.safetensors`, each in one piece; returns their size in bytes.
 
     Args:
         avatar: what to save.
         folder: an existing folder.
         training: plain data on how it was made, kept in `avatar.json`.
+        quantised: names of weights to keep in 8 bits a value (`pipeline.quantise`).
     """
     from safetensors.torch import save
 
-    weights = {name: value.detach().cpu().contiguous() for name, value in avatar.compact_weights().items()}
-    write_atomic(folder / WEIGHTS, save(weights))
+    weights = pack(avatar.compact_weights(), quantised)
+    write_atomic(folder / WEIGHTS, save({name: value.detach().cpu().contiguous() for name, value in weights.items()}))
     description = {
         "schema": SCHEMA,
         "model": avatar.name,
@@ -285,6 +291,7 @@ def save_avatar(avatar: AvatarModel, folder: Path, training: dict[str, Any] | No
         "expression_names": list(avatar.expression_names),
         "settings": avatar.settings(),
         "training": training or {},
+        "quantised": sorted(quantised),
     }
     write_json(folder / DESCRIPTION, description)
     return sum((folder / name).stat().st_size for name in (WEIGHTS, DESCRIPTION))
@@ -309,6 +316,7 @@ def load_avatar(folder: Path, device: torch.device | str = "cpu") -> AvatarModel
     if schema != SCHEMA:
         raise UserError(f"'{path}' has schema {schema}; this version reads {SCHEMA}.", "train the avatar again")
     try:
+        weights = unpack(weights, description.get("quantised", []))
         _refuse_oversize(settings, weights)
         avatar = avatar_class(model).restore(settings, weights).requires_grad_(False).eval()
         _refuse_nonsense(avatar, weights)

@@ -146,15 +146,8 @@ class RigAvatar(AvatarModel, ABC):
         self.follow = _following(Rig(*(getattr(self, f"rig_{name}") for name in Rig._fields)))
 
     def with_predicted_torso(self, conditions: Condition) -> Condition:
-        """T conditions of a driver without a torso, with one that moves with the head as it did in training."""
-        fields = (getattr(self, f"predictor_{name}").double().cpu().numpy() for name in TorsoPredictor._fields)
-        head = conditions.T_cam_head
-        poses, shape = (
-            torch.as_tensor(array, dtype=head.dtype, device=head.device)
-            for array in TorsoPredictor(*fields).predict(head.double().cpu().numpy())
-        )
-        neck = matrix_to_rotvec(poses[:, :3, :3].transpose(-1, -2) @ head[:, :3, :3])
-        return conditions._replace(T_cam_torso=poses, neck=neck, torso_shape=shape)
+        """See the function of this name."""
+        return with_predicted_torso(self, conditions)
 
     def prepare(self, conditions: Condition) -> Prepared:
         """See `Prepared`."""
@@ -229,6 +222,23 @@ def joint_transforms(conditions: Condition, eye_centres: Tensor) -> Tensor:
     eyes = conditions.T_cam_head[:, None] @ make_rigid(rotations, about_centres)
     head, torso, skull = (conditions.T_cam_head, conditions.T_cam_torso, conditions.T_cam_skull)
     return torch.cat([head[:, None], torso[:, None], eyes, skull[:, None]], 1)
+
+
+def with_predicted_torso(avatar: AvatarModel, conditions: Condition) -> Condition:
+    """T conditions of a driver without a torso, with one that moves with the head as it did in training.
+
+    Args:
+        avatar: one with the fields of `TorsoPredictor` as buffers, `predictor_...`.
+        conditions: what drives it; what they say of the torso is not read.
+    """
+    fields = (getattr(avatar, f"predictor_{name}").double().cpu().numpy() for name in TorsoPredictor._fields)
+    head = conditions.T_cam_head
+    poses, shape = (
+        torch.as_tensor(array, dtype=head.dtype, device=head.device)
+        for array in TorsoPredictor(*fields).predict(head.double().cpu().numpy())
+    )
+    neck = matrix_to_rotvec(poses[:, :3, :3].transpose(-1, -2) @ head[:, :3, :3])
+    return conditions._replace(T_cam_torso=poses, neck=neck, torso_shape=shape)
 
 
 def features_of(conditions: Condition) -> Tensor:

