@@ -13,6 +13,7 @@ from statistics import mean, median_low
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.bench_run import timed
+from pipeline.config import configure
 from pipeline.dataset import Dataset, Subject, read_json, subject_name_for
 from pipeline.errors import HeadcastError
 from pipeline.source import check_sources
@@ -71,9 +72,11 @@ def bench(
         report: is told what comes next.
 
     Raises:
-        UserError: a clip is missing, is no video, or comes twice.
+        UserError: a clip is missing, is no video, or comes twice; a model or a setting is none.
     """
     check_sources(videos)
+    for row in rows.values():
+        configure(preset, [f"train.avatar={row.avatar}", *settings, *row.settings])
     clips: list[dict[str, Any]] = []
     for video in videos:
         report(f"Preparing {video.name}")

@@ -399,6 +399,14 @@ def _asset_lines(a: dict[str, Any]) -> str:
 def _bench(command: Bench) -> tuple[dict[str, Any], str, int]:
     from pipeline.progress import default_reporter
 
+    for option, given, meant in (
+        ("--set", command.set, ("avatars", "ablation")),
+        ("--avatar", command.avatar, ("avatars",)),
+    ):
+        if given and command.what not in meant:
+            raise UserError(
+                f"{option} says nothing to bench {command.what}.", f"it is for: bench {' and '.join(meant)}"
+            )
     if command.what == "raster":
         for name, value in (("threads", command.threads), ("peak-gflops", command.peak_gflops)):
             if value is not None and value <= 0:

@@ -110,6 +110,20 @@ def test_bad_sets_of_clips_are_refused_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
+def test_a_bench_refuses_what_it_cannot_use_before_any_work(tmp_path: Path) -> None:
+    clip = video(tmp_path / "clip.mp4")
+    for arguments, message in (
+        (["run", clip, "--set", "train.steps=5"], "--set says nothing to bench run"),
+        (["ablation", clip, "--avatar", "rigged"], "--avatar says nothing to bench ablation"),
+        (["avatars", clip, "--avatar", "cube"], "no avatar model 'cube'"),
+        (["avatars", clip, "--set", "train.stpes=3"], "no field 'stpes'"),
+        (["avatars", clip, tmp_path / "gone.mp4"], "There is no file"),
+    ):
+        done = headcast("bench", *arguments, cwd=tmp_path)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def test_json_error_is_one_document(tmp_path: Path) -> None:
     done = headcast("run", "missing.mp4", "--json", cwd=tmp_path)
     assert done.returncode == 2
