@@ -195,11 +195,11 @@ class TrainConfig(Section):
     """The avatar model; `--avatar` sets it with the numbers that the preset has for it."""
     resolution: int = Field(256, ge=32, le=2048)
     """Width and height of the training crop in pixels."""
-    steps: int = Field(1500, ge=1)
+    steps: int = Field(2500, ge=1)
     """Optimisation steps."""
     gaussians: int = Field(10_000, ge=16)
     """Number of Gaussians."""
-    basis: int = Field(6, ge=0, le=64)
+    basis: int = Field(12, ge=0, le=64)
     """Learned basis vectors on top of what the head model knows."""
     hidden: int = Field(32, ge=1, le=512)
     """Width of the network that weights the basis."""
@@ -279,7 +279,7 @@ _SMALL_GAUSSIANHEAD = {
     "train.gaussianhead.final_share": 0.1,
 }
 _GAUSSIANHEAD_CHANGES: dict[Preset, dict[str, Any]] = {
-    "quick": {**_SMALL_GAUSSIANHEAD},
+    "quick": {**_SMALL_GAUSSIANHEAD, "train.steps": 1500},
     "standard": {**_SMALL_GAUSSIANHEAD, "train.gaussians": 10_000, "train.steps": 4000},
     "best": {"train.gaussians": 10_000, "train.density.every": 100, "train.perceptual": 0.01},
 }

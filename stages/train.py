@@ -191,7 +191,7 @@ def finish(run: StageRun, trainer: Trainer, frames: int) -> Result:
 
 STAGE = Stage(
     name="train",
-    version=4,
+    version=5,
     inputs=("decode", "matte", "fit"),
     run=run,
     reads=("evaluate.holdout", "evaluate.min_holdout_frames"),

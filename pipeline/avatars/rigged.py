@@ -111,15 +111,15 @@ class RiggedAvatar(RigAvatar):
         )
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Learning rates are for metres, logits and colours in [0,1]."""
+        """Learning rates are for metres, logits and colours in [0,1], and for a few thousand steps."""
         return [
-            ParameterGroup("means", [self.means], 1.5e-4, 1.5e-5),
-            ParameterGroup("quats", [self.quats], 4e-3, 4e-4),
-            ParameterGroup("log_scales", [self.log_scales], 1e-2, 1e-3),
-            ParameterGroup("opacities", [self.opacity_logits], 3e-2, 3e-3),
-            ParameterGroup("colors", [self.colors], 5e-3, 5e-4),
-            ParameterGroup("torso", [self.torso_logits], 2e-2, 2e-3),
-            ParameterGroup("skull", [self.skull_logits], 2e-2, 2e-3),
+            ParameterGroup("means", [self.means], 3e-4, 3e-5),
+            ParameterGroup("quats", [self.quats], 1.2e-2, 1.2e-3),
+            ParameterGroup("log_scales", [self.log_scales], 3e-2, 3e-3),
+            ParameterGroup("opacities", [self.opacity_logits], 9e-2, 9e-3),
+            ParameterGroup("colors", [self.colors], 1.5e-2, 1.5e-3),
+            ParameterGroup("torso", [self.torso_logits], 6e-2, 6e-3),
+            ParameterGroup("skull", [self.skull_logits], 6e-2, 6e-3),
             ParameterGroup("basis", [self.basis], 2e-3, 2e-4),
             ParameterGroup("torso_basis", [self.torso_basis], 2e-3, 2e-4),
             ParameterGroup("driver", list(self.driver.parameters()), 2e-3, 2e-4),

@@ -42,7 +42,7 @@ def test_training_recovers_the_subject_on_frames_it_never_saw() -> None:
     trainer = Trainer(train, TrainConfig(gaussians=1500, resolution=64, steps=300), threads=1)
     run(trainer, 300)
     entry = trainer.record()
-    assert entry.psnr_train > 30
+    assert entry.psnr_train > 33.8
 
     def error(image: np.ndarray, truth: np.ndarray) -> float:
         return float(-10 * np.log10(np.square(image / 255.0 - truth / 255.0).mean()))
@@ -55,7 +55,7 @@ def test_training_recovers_the_subject_on_frames_it_never_saw() -> None:
             image = trainer.avatar.render(test.conditions.frame(i), K, 64, 64, white, threads=1).image.clamp(0, 1)
             rendered.append(error(image.numpy() * 255, test.images[i]))
             mean.append(error(mean_frame, test.images[i]))
-    assert np.mean(rendered) > 30
+    assert np.mean(rendered) > 33.8
     assert np.mean(rendered) > np.mean(mean) + 8
 
 
