@@ -267,7 +267,7 @@ _PRESET_CHANGES: dict[Preset, dict[str, Any]] = {
 # The paper's model scaled down to what two cores train in a minute and in five; `best` is the paper's.
 _SMALL_GAUSSIANHEAD = {
     "train.gaussianhead.field_layers": 4,
-    "train.gaussianhead.field_width": 64,
+    "train.gaussianhead.field_width": 128,
     "train.gaussianhead.warmup_steps": 100,
     "train.gaussianhead.sh_every": 300,
     "train.gaussianhead.rotation_rate": 4e-3,

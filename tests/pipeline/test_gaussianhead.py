@@ -252,6 +252,18 @@ def test_saved_avatars_render_the_same(avatar: str, tmp_path: Path) -> None:
         assert (one - two).abs().mean() < 0.5 / 255
 
 
+def test_networks_in_half_precision_render_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trained(40)
+    own = trainer.render(3)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    half = trainer.render(3)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    full = trainer.render(3)
+    assert not torch.equal(half, full)
+    assert (half - full).abs().mean() < 0.5 / 255
+    assert torch.equal(own, half) or torch.equal(own, full)
+
+
 @pytest.mark.parametrize("stop_after", [3, 21])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(stop_after: int, tmp_path: Path) -> None:
     density = DensityConfig(every=8, first=8, last=30, reset_every=16, gradient=2e-5, max_gaussians=700)
