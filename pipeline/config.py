@@ -146,7 +146,7 @@ class GaussianHeadConfig(Section):
     """Side of the coarsest of them."""
     hash_finest: int = Field(128, ge=2, le=2048)
     """Side of the finest."""
-    hash_entries: int = Field(2048, ge=16)
+    hash_entries: int = Field(4096, ge=16)
     """Entries that each of them keeps at most."""
     decoder_width: int = Field(64, ge=1, le=512)
     """Width of the decoders' hidden layers."""
@@ -287,7 +287,11 @@ _GAUSSIANHEAD_CHANGES: dict[Preset, dict[str, Any]] = {
 _AVATAR_CHANGES: dict[Avatar, dict[Preset, dict[str, Any]]] = {
     "rigged": {},
     "gaussianhead": _GAUSSIANHEAD_CHANGES,
-    "gaussianhead-plus": _GAUSSIANHEAD_CHANGES,
+    "gaussianhead-plus": {
+        **_GAUSSIANHEAD_CHANGES,
+        # As many as 4.5 MB hold.
+        "best": {**_GAUSSIANHEAD_CHANGES["best"], "train.density.max_gaussians": 16_000},
+    },
 }
 
 
