@@ -146,7 +146,7 @@ class GaussianHeadConfig(Section):
     """Side of the coarsest of them."""
     hash_finest: int = Field(128, ge=2, le=2048)
     """Side of the finest."""
-    hash_entries: int = Field(2048, ge=16)
+    hash_entries: int = Field(4096, ge=16)
     """Entries that each of them keeps at most."""
     decoder_width: int = Field(64, ge=1, le=512)
     """Width of the decoders' hidden layers."""
@@ -267,7 +267,7 @@ _PRESET_CHANGES: dict[Preset, dict[str, Any]] = {
 # The paper's model scaled down to what two cores train in a minute and in five; `best` is the paper's.
 _SMALL_GAUSSIANHEAD = {
     "train.gaussianhead.field_layers": 4,
-    "train.gaussianhead.field_width": 64,
+    "train.gaussianhead.field_width": 128,
     "train.gaussianhead.warmup_steps": 100,
     "train.gaussianhead.sh_every": 300,
     "train.gaussianhead.rotation_rate": 4e-3,
@@ -287,7 +287,11 @@ _GAUSSIANHEAD_CHANGES: dict[Preset, dict[str, Any]] = {
 _AVATAR_CHANGES: dict[Avatar, dict[Preset, dict[str, Any]]] = {
     "rigged": {},
     "gaussianhead": _GAUSSIANHEAD_CHANGES,
-    "gaussianhead-plus": _GAUSSIANHEAD_CHANGES,
+    "gaussianhead-plus": {
+        **_GAUSSIANHEAD_CHANGES,
+        # As many as 4.5 MB hold.
+        "best": {**_GAUSSIANHEAD_CHANGES["best"], "train.density.max_gaussians": 16_000},
+    },
 }
 
 

@@ -5,8 +5,8 @@ derivation: its moved mean turned by them gives K doppelgangers, which read thei
 they project on it. From the features come opacity and, with the direction of view, spherical harmonics.
 
 Gaussians stand in the head's coordinates. The paper hangs all of them on the head and drives the field by expression
-alone; here, unless it is switched off, they ride on the rig (`pipeline.avatars.rig`), which knows torso, eyes and skull,
-and the torso bends by a learned basis, linear in its shape.
+alone; here, unless it is switched off, they ride on the rig (`pipeline.avatars.rig`), which knows torso, eyes and
+skull, and the torso bends by a learned basis, linear in its shape.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class GaussianHeadAvatar(RigAvatar):
         bent = (prepared.torso_shape @ self.torso_basis.flatten(1)).view(-1, 3) * (_BEND_UNIT * joints[:, 1:2])
         shift, turn, log_scales = ridden[:, :3] + bent, ridden[:, 3:], self.log_scales
         if self.field is not None and deforms:
-            motion = self.field((self.means - self.centre) / self.radius, self.code(prepared))
+            with self._lean():
+                motion = self.field((self.means - self.centre) / self.radius, self.code(prepared))
             shift = shift + _MEAN_UNIT * self.radius * motion.mean
             turn = turn + _ROTATION_UNIT * motion.rotation
             log_scales = log_scales + _SCALE_UNIT * motion.scale
@@ -135,7 +136,9 @@ class GaussianHeadAvatar(RigAvatar):
         )
         camera = -t_cam_head @ R_cam_head
         directions = nn.functional.normalize(posed.means - camera, dim=1)
-        opacity, harmonics = self.decoders(self.features(rest), directions, degree)
+        features = self.features(rest)
+        with self._lean():
+            opacity, harmonics = self.decoders(features, directions, degree)
         base = torch.cat([(self.colors - 0.5)[:, None] / _SH_0, torch.zeros_like(harmonics[:, 1:])], 1)
         return Gaussians(
             *posed,
@@ -145,6 +148,12 @@ class GaussianHeadAvatar(RigAvatar):
             degree,
             make_rigid(R_cam_head, t_cam_head),
         )
+
+    def _lean(self) -> torch.autocast:
+        """The networks in bfloat16 where the processor multiplies it: a quarter less time, no loss that shows."""
+        on_cpu = self.means.device.type == "cpu"
+        capable = on_cpu and any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+        return torch.autocast(self.means.device.type, torch.bfloat16, enabled=capable)
 
     def code(self, prepared: Prepared) -> Tensor:
         """[D] what drives the field: the paper's expression, or all that the rig knows."""

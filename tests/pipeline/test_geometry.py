@@ -39,6 +39,12 @@ def test_round_trips(rotvecs: np.ndarray) -> None:
     np.testing.assert_allclose(g.rotvec_to_matrix(g.matrix_to_rotvec(R)), R, atol=1e-12)
 
 
+def test_a_quaternion_turns_a_vector_as_its_matrix_does(rotvecs: np.ndarray) -> None:
+    R, vectors = g.rotvec_to_matrix(rotvecs), np.random.default_rng(1).normal(size=rotvecs.shape)
+    turned = g.quaternion_rotate(g.matrix_to_quaternion(R), vectors)
+    np.testing.assert_allclose(turned, (R @ vectors[..., None])[..., 0], atol=1e-12)
+
+
 def test_slerp_turns_at_a_constant_rate(rotvecs: np.ndarray) -> None:
     start = g.matrix_to_quaternion(g.rotvec_to_matrix(rotvecs))
     step = np.array([0.3, -0.8, 0.4])
