@@ -44,10 +44,12 @@ from pipeline.torso import Torso, TorsoPredictor
 MOTION, SHADING, HIDDEN = 56, 12, 64
 """Shapes of mean and turn, shapes of scale, colour and opacity, and units of the correctives' network."""
 
-OWN_ROWS, MIXED_ROWS = 120, 80
+OWN_ROWS, MIXED_ROWS = 120, 160
 MIXED_WEIGHT, PROBE_WEIGHT = 0.7, 0.6
 """What a mixture of training conditions and a coefficient alone count beside a training condition."""
 MIXING = (-0.3, 1.3)
+RAISED, RAISED_BY = 2.0, 0.5
+"""So many of a mixture's coefficients, on average, are raised at random by so much at most: beyond the clip."""
 SAMPLE_BYTES = 400_000_000
 """Memory for samples; avatars of more Gaussians than fit get fewer of them."""
 LEAST_ROWS = 32
@@ -57,7 +59,7 @@ LEAST_SENSITIVITY = 0.1
 """Hidden Gaussians count so much of an average one: another pose may show them."""
 NOISE_DB = 58.0
 """PSNR of the full picture with the rounding of the shapes' values alone."""
-RIDGE = 1e-5
+RIDGE = 1e-3
 # How far a Gaussian may depart from rest, by column: a coefficient alone can drive a model where it never was.
 FARTHEST = (0.1,) * 3 + (2.0,) * 3 + (1.5,) * 3 + (0.7,) * 3 + (8.0,)
 # Spread of the drive below which it counts as constant: coefficients; radians; then by turn, move and shape.
@@ -216,8 +218,10 @@ def _samples(conditions: Condition, own: np.ndarray, mixed: int, neutral: Condit
     turn = matrix_to_rotvec(first.T_cam_head[:, :3, :3].mT @ turned.T_cam_head[:, :3, :3])
     head = make_rigid(first.T_cam_head[:, :3, :3] @ rotvec_to_matrix(reach[:, None] * turn), moved.T_cam_head[:, :3, 3])
     torso = head @ invert_rigid(bent.T_cam_head) @ bent.T_cam_torso
+    raised = RAISED_BY * rng.random((mixed, len(names))) * (rng.random((mixed, len(names))) < RAISED / len(names))
+    expression = torch.lerp(first.expression, second.expression, share[:, None]) + torch.from_numpy(raised).float()
     mixtures = Condition(
-        torch.lerp(first.expression, second.expression, share[:, None]).clamp(0, 1),
+        expression.clamp(0, 1),
         head,
         torso,
         matrix_to_rotvec(torso[:, :3, :3].mT @ head[:, :3, :3]),
