@@ -44,20 +44,22 @@ from pipeline.torso import Torso, TorsoPredictor
 MOTION, SHADING, HIDDEN = 56, 12, 64
 """Shapes of mean and turn, shapes of scale, colour and opacity, and units of the correctives' network."""
 
-OWN_ROWS, MIXED_ROWS = 120, 80
+OWN_ROWS, MIXED_ROWS = 120, 160
 MIXED_WEIGHT, PROBE_WEIGHT = 0.7, 0.6
 """What a mixture of training conditions and a coefficient alone count beside a training condition."""
 MIXING = (-0.3, 1.3)
+RAISED, RAISED_BY = 2.0, 0.5
+"""So many of a mixture's coefficients, on average, are raised at random by so much at most: beyond the clip."""
 SAMPLE_BYTES = 400_000_000
 """Memory for samples; avatars of more Gaussians than fit get fewer of them."""
 LEAST_ROWS = 32
 GAZES = 2 * GAZE + 1
 METRIC_FRAMES = 12
-LEAST_SENSITIVITY = 0.1
+LEAST_SENSITIVITY = 0.3
 """Hidden Gaussians count so much of an average one: another pose may show them."""
 NOISE_DB = 58.0
 """PSNR of the full picture with the rounding of the shapes' values alone."""
-RIDGE = 1e-5
+RIDGE = 1e-3
 # How far a Gaussian may depart from rest, by column: a coefficient alone can drive a model where it never was.
 FARTHEST = (0.1,) * 3 + (2.0,) * 3 + (1.5,) * 3 + (0.7,) * 3 + (8.0,)
 # Spread of the drive below which it counts as constant: coefficients; radians; then by turn, move and shape.
@@ -168,7 +170,7 @@ def at_rest(gaussians: Gaussians, quats: Tensor, joints: Tensor, bones: Bones) -
     # A half turn has no tangent; what comes near is held there.
     turn = own[:, 1:] / own[:, :1].clamp(min=0.3 * own.norm(dim=1, keepdim=True))
     opacity = torch.logit(gaussians.opacities, OPACITY_LIMIT)[None]
-    return torch.cat([means.T, turn.T, gaussians.scales.log().T, gaussians.colors.T, opacity])
+    return torch.cat([means.T, turn.T, gaussians.scales.clamp(min=1e-12).log().T, gaussians.colors.T, opacity])
 
 
 def _unturned(gaussians: Gaussians, joints: Tensor, bones: Bones) -> Tensor:
@@ -216,8 +218,10 @@ def _samples(conditions: Condition, own: np.ndarray, mixed: int, neutral: Condit
     turn = matrix_to_rotvec(first.T_cam_head[:, :3, :3].mT @ turned.T_cam_head[:, :3, :3])
     head = make_rigid(first.T_cam_head[:, :3, :3] @ rotvec_to_matrix(reach[:, None] * turn), moved.T_cam_head[:, :3, 3])
     torso = head @ invert_rigid(bent.T_cam_head) @ bent.T_cam_torso
+    raised = RAISED_BY * rng.random((mixed, len(names))) * (rng.random((mixed, len(names))) < RAISED / len(names))
+    expression = torch.lerp(first.expression, second.expression, share[:, None]) + torch.from_numpy(raised).float()
     mixtures = Condition(
-        torch.lerp(first.expression, second.expression, share[:, None]).clamp(0, 1),
+        expression.clamp(0, 1),
         head,
         torso,
         matrix_to_rotvec(torso[:, :3, :3].mT @ head[:, :3, :3]),
@@ -271,7 +275,7 @@ def _sensitivity(
             (gradient,) = torch.autograd.grad((image * signs).sum(), leaf)
         total += gradient.square()
     mean = total / len(views)
-    return (mean + LEAST_SENSITIVITY**2 * mean.mean(1, keepdim=True)).sqrt()
+    return (mean + LEAST_SENSITIVITY**2 * mean.mean(1, keepdim=True)).sqrt().clamp(min=1e-9)
 
 
 def _principal(departures: Tensor, samples: Samples, metric: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,7 +304,7 @@ def _rounded(bases: Tensor, metric: Tensor, size: int) -> tuple[Tensor, Tensor]:
     best = torch.full_like(whole, torch.inf)
     kept, steps = torch.zeros(bases.shape, dtype=torch.int8), torch.zeros_like(whole)
     for share in (1.0, 0.7, 0.5, 0.35, 0.25, 0.15):
-        step = torch.maximum(share * whole, coarse).half().float().clamp(min=2.0**-24)
+        step = torch.maximum(share * whole, coarse).clamp(2.0**-24, 6e4).half().float()
         values = (bases / step[..., None]).round().clamp(-127, 127)
         cost = (metric * (values * step[..., None] - bases)).square().sum(2)
         better = cost < best
@@ -310,6 +314,7 @@ def _rounded(bases: Tensor, metric: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _spread(drive: Tensor, expressions: int) -> tuple[Tensor, Tensor]:
+    """Mean and scale [D] of a drive [S,D]."""
     shapes = drive.shape[1] - expressions - GAZE - POSE
     floors = [FLOORS["expression"]] * expressions + [FLOORS["gaze"]] * GAZE
     floors += 2 * ([FLOORS["turn"]] * 3 + [FLOORS["move"]] * 3) + [FLOORS["shape"]] * shapes
@@ -317,13 +322,19 @@ def _spread(drive: Tensor, expressions: int) -> tuple[Tensor, Tensor]:
 
 
 def _regression(linear: Tensor, normal: Tensor, latents: Tensor, weights: Tensor, shown: Tensor) -> dict[str, Tensor]:
+    """What gives the shapes' weights `latents` [S,K]: ridge regression, then a network for its rest, and both together.
+
+    Args:
+        linear, normal: [S,I] and [S,D] of `inputs_of`.
+        latents: [S,K]. weights: [S] what a sample counts. shown: [K] what an error of a shape's weight costs.
+    """
+    # Without a floor, what is hardly shown could not be divided by what it shows.
     shown = shown / shown.max().clamp(min=1e-12) + 1e-6
-    latents = latents * shown
-    w = weights[:, None]
+    w, wanted = weights[:, None], latents * shown
     X = w * torch.cat([torch.ones_like(linear[:, :1]), linear], 1)
-    ridge = RIDGE * torch.eye(X.shape[1])
-    L = torch.linalg.solve((X.T @ X + ridge).double(), (X.T @ (w * latents)).double()).float()
-    rest = w * latents - X @ L
+    normal_equations = (X.T @ X + RIDGE * torch.eye(X.shape[1])).double()
+    L = torch.linalg.solve(normal_equations, (X.T @ (w * wanted)).double()).float()
+    rest = w * wanted - X @ L
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(HIDDEN, normal.shape[1], generator=generator) / normal.shape[1] ** 0.5
     bias, out = torch.zeros(HIDDEN), torch.zeros(latents.shape[1], HIDDEN)
@@ -340,7 +351,7 @@ def _regression(linear: Tensor, normal: Tensor, latents: Tensor, weights: Tensor
             loss = error.square().mean() + NETWORK_DECAY * sum(p.square().mean() for p in parameters)
             loss.backward()
             optimiser.step()
-    L = L + unit * more.detach()
+    L += unit * more.detach()
     return {
         "offset": L[0] / shown,
         "linear": (L[1:] / shown).T,

@@ -34,7 +34,7 @@ LIMIT = 3.0
 
 # The arrays of a file: their axes by letter or length, and their types where that is not float.
 # N Gaussians, G shapes of motion, L of shading, K = G + L, H hidden units, E coefficients, M torso shapes,
-# D = E + GAZE + POSE + M, P = 6 + M.
+# D = E + GAZE + POSE + M, I = E + GAZE + D, P = 6 + M.
 ARRAYS: dict[str, tuple[str | int, ...]] = {
     "means": (3, "N"),
     "appearance": (7, "N"),
@@ -45,7 +45,7 @@ ARRAYS: dict[str, tuple[str | int, ...]] = {
     "shading": ("L", 7, "N"),
     "shading_steps": ("L", 7),
     "offset": ("K",),
-    "linear": ("K", "D"),
+    "linear": ("K", "I"),
     "hidden": ("H", "D"),
     "hidden_bias": ("H",),
     "correctives": ("K", "H"),
@@ -233,10 +233,12 @@ def drive_of(conditions: Condition, typical_head: Tensor, typical_torso: Tensor)
 
 
 def inputs_of(drive: Tensor, mean: Tensor, scale: Tensor, expressions: int) -> tuple[Tensor, Tensor]:
-    """What the linear part and what the correctives see [T,D] of a drive: the one sees coefficients as they are."""
+    """What the linear part sees of a drive [T,E+4+D], and what the correctives do [T,D].
+
+    Both see the drive scaled and held; the linear part coefficients and gaze as they are too.
+    """
     normal = ((drive - mean) / scale).clamp(-LIMIT, LIMIT)
-    free = expressions + GAZE
-    return torch.cat([drive[:, :free], normal[:, free:]], 1), normal
+    return torch.cat([drive[:, : expressions + GAZE], normal], 1), normal
 
 
 def shares(joints: Tensor) -> Tensor:
@@ -260,6 +262,7 @@ def _check(weights: dict[str, Tensor], expressions: int) -> None:
     lengths = {"N": "joints", "G": "motion", "L": "shading", "H": "hidden", "M": "predictor_shape"}
     sizes |= {letter: len(weights[name]) if weights[name].dim() else 0 for letter, name in lengths.items()}
     sizes |= {"K": sizes["G"] + sizes["L"], "D": expressions + GAZE + POSE + sizes["M"], "P": 6 + sizes["M"]}
+    sizes["I"] = expressions + GAZE + sizes["D"]
     for name, axes in ARRAYS.items():
         value, wanted = weights[name], [sizes.get(axis, axis) for axis in axes]
         if list(value.shape) != wanted:

@@ -85,8 +85,8 @@ def test_every_coefficient_does_what_it_does_in_the_full_model(monkeypatch: pyte
         condition = rest._replace(expression=alone, eyes=rest.eyes + eyes_of(alone[None], EXPRESSIONS)[0])
         wanted, changed = seen(full, condition) - before, seen(baked, condition) - ours
         assert np.abs(wanted).max() > 0.02, name
-        # A quarter of a grey level is what rounding leaves.
-        assert np.linalg.norm(changed - wanted) < 0.1 * np.linalg.norm(wanted) + 0.12, name
+        # A third of a grey level is what rounding leaves.
+        assert np.linalg.norm(changed - wanted) < 0.1 * np.linalg.norm(wanted) + 0.15, name
 
 
 def test_it_finds_how_far_torso_and_skull_take_a_gaussian_along(trained: RiggedAvatar, baked: BakedAvatar) -> None:
@@ -100,6 +100,7 @@ def linear_avatar() -> BakedAvatar:
     random = torch.Generator().manual_seed(5)
     E, N, shapes = len(EXPRESSIONS), 300, 4
     sizes = {"E": E, "N": N, "G": shapes, "L": shapes, "K": 2 * shapes, "H": 2, "M": 0, "P": 6, "D": E + GAZE + POSE}
+    sizes["I"] = E + GAZE + sizes["D"]
     weights: dict[str, Tensor] = {
         name: torch.zeros([sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes])
         for name, axes in ARRAYS.items()
@@ -122,7 +123,7 @@ def linear_avatar() -> BakedAvatar:
     for name, unit in units.items():
         weights[name] = torch.randint(-127, 128, (shapes, len(unit), N), generator=random, dtype=torch.int8)
         weights[f"{name}_steps"] = (torch.tensor(unit) / 127).expand(shapes, -1).half().float()
-    weights["linear"] = torch.randn(2 * shapes, sizes["D"], generator=random)
+    weights["linear"] = torch.randn(2 * shapes, sizes["I"], generator=random)
     return BakedAvatar(weights, "anny", EXPRESSIONS)
 
 
@@ -213,7 +214,7 @@ def test_it_cannot_be_trained() -> None:
 
 
 def test_large_avatars_are_sampled_less(trained: RiggedAvatar, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sample_rows(trained, 500) == (120, 80, 61)
-    assert sample_rows(trained, 30) == (30, 170, 61)
+    assert sample_rows(trained, 500) == (120, 160, 61)
+    assert sample_rows(trained, 30) == (30, 250, 61)
     monkeypatch.setattr(RiggedAvatar, "count", 60_000)
     assert sum(sample_rows(trained, 500)) * 60_000 * 13 * 4 < 450_000_000
