@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from pipeline.errors import UserError
 
@@ -119,6 +119,11 @@ class DensityConfig(Section):
     """No more are made than this."""
 
 
+def _shared_evenly(what: str, count: int, parts: int, among: str) -> None:
+    if count % parts:
+        raise ValueError(f"{count} {what} cannot be shared evenly by {parts} {among}")
+
+
 class GaussianHeadConfig(Section):
     """The avatar models gaussianhead and gaussianhead-plus; numbers are the paper's (arXiv 2312.01632)."""
 
@@ -186,6 +191,20 @@ class GaussianHeadConfig(Section):
     """Learning rate of a colour that each Gaussian adds to the network's answer; 0 keeps it as it starts."""
     final_share: float = Field(1.0, gt=0, le=1)
     """What is left of all other rates at the end."""
+
+    @field_validator("plane_channels")
+    @classmethod
+    def _shared_by_groups(cls, channels: int, info: ValidationInfo) -> int:
+        if groups := info.data.get("derivations"):
+            _shared_evenly("channels", channels, groups, "derivations")
+        return channels
+
+    @field_validator("hash_levels")
+    @classmethod
+    def _share_a_group(cls, levels: int, info: ValidationInfo) -> int:
+        if channels := info.data.get("plane_channels"):
+            _shared_evenly("channels of a group", channels // max(info.data.get("derivations", 1), 1), levels, "levels")
+        return levels
 
 
 class TrainConfig(Section):

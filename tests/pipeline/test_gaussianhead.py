@@ -15,7 +15,8 @@ from avatar_data import training_data
 from pipeline.avatars import Condition, Gaussians, TrainingData, load_avatar, row, save_avatar
 from pipeline.avatars.gaussianhead import GaussianHeadAvatar, GaussianHeadPlusAvatar
 from pipeline.avatars.rigged import RiggedAvatar
-from pipeline.config import DensityConfig, GaussianHeadConfig, TrainConfig, preset_config
+from pipeline.config import DensityConfig, GaussianHeadConfig, TrainConfig, configure, preset_config
+from pipeline.errors import UserError
 from pipeline.geometry import quaternion_to_matrix
 from pipeline.training import Trainer
 
@@ -314,3 +315,15 @@ def test_the_compact_variant_is_small_and_smaller(tmp_path: Path) -> None:
         ]
         assert sizes[1] < sizes[0]
         assert sizes[1] <= 4_500_000
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("plane_channels=30", "plane_channels=30 does not fit.*30 channels cannot be shared evenly by 4 derivations"),
+        ("hash_levels=3", "hash_levels=3 does not fit.*8 channels of a group cannot be shared evenly by 3 levels"),
+    ],
+)
+def test_channels_that_cannot_be_shared_are_refused_with_words(setting: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        configure("quick", ["train.avatar=gaussianhead-plus", f"train.gaussianhead.{setting}"])
