@@ -191,7 +191,7 @@ def finish(run: StageRun, trainer: Trainer, frames: int) -> Result:
 
 STAGE = Stage(
     name="train",
-    version=5,
+    version=6,
     inputs=("decode", "matte", "fit"),
     run=run,
     reads=("evaluate.holdout", "evaluate.min_holdout_frames"),

@@ -30,9 +30,9 @@ GAUSSIANS_PER_CHUNK = 512
 JOINTS = 5
 BONE = 16
 """Floats of a joint, and of a blend of joints: rotation (9), translation (3), rotation as a quaternion (4)."""
-RIDDEN, LEARNED, BENT = 6, 13, 3
+RIDDEN, LEARNED, BENT = 7, 13, 3
 """Floats of a Gaussian that its triangle, the learned basis and the torso's basis give it."""
-STATE = RIDDEN + BENT
+STATE = 9
 """Floats that the backward pass wants of a Gaussian: rest mean (3), half its rotation vector (3), torso's bend (3)."""
 
 _f = np.float32
@@ -235,6 +235,7 @@ def _forward(
 
             for k in range(3):
                 size = gather(log_scales, 3, k, i, n) + gather(learned, LEARNED, 6 + k, here, count) * units[6 + k]
+                size = size + gather(ridden, RIDDEN, 6, here, count)
                 color = gather(colors, 3, k, i, n) + gather(learned, LEARNED, 9 + k, here, count) * units[9 + k]
                 scatter(scales, 3, k, i, n, _exp(size))
                 scatter(posed_colors, 3, k, i, n, color)
@@ -507,7 +508,7 @@ def deform(
     Args:
         rest: the Gaussians at rest.
         units: [13] what one unit of a basis coefficient means in each column.
-        expression, follow: [E] and [E,N,6], as in `RigAvatar.ridden`.
+        expression, follow: [E] and [E,N,7], as in `RigAvatar.ridden`.
         coefficients, basis: [K] and [K,N,13].
         shape, torso_basis: [M] in metres, and [M,N,3].
         joints: [5,16] rotation, translation and quaternion of each joint.

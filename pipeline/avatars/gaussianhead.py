@@ -113,7 +113,7 @@ class GaussianHeadAvatar(RigAvatar):
         degree, deforms = self.reached.tolist()
         ridden, joints = self.ridden(prepared), self.joint_weights()
         bent = (prepared.torso_shape @ self.torso_basis.flatten(1)).view(-1, 3) * (_BEND_UNIT * joints[:, 1:2])
-        shift, turn, log_scales = ridden[:, :3] + bent, ridden[:, 3:], self.log_scales
+        shift, turn, log_scales = ridden[:, :3] + bent, ridden[:, 3:6], self.log_scales + ridden[:, 6:]
         if self.field is not None and deforms:
             with self._lean():
                 motion = self.field((self.means - self.centre) / self.radius, self.code(prepared))

@@ -34,6 +34,8 @@ FEATURE_FLOOR = 0.05
 MOST_FOLLOWING = 50_000_000
 # Metres that a torso mode which hardly shows in the clip counts for.
 _SHAPE_FLOOR_M = 1e-4
+# Growth of log-scales that an expression at 1 may give, and the area in square metres that a triangle has at least.
+_MAX_GROWTH, _LEAST_AREA = 1.0, 1e-8
 
 
 class Prepared(NamedTuple):
@@ -165,8 +167,8 @@ class RigAvatar(AvatarModel, ABC):
         )
 
     def ridden(self, prepared: Prepared) -> Tensor:
-        """[N,6] displacement and rotation vector that each Gaussian's triangle gives it."""
-        return (prepared.expression @ self.follow.flatten(1)).view(-1, 6)
+        """[N,7] displacement, rotation vector and growth (of log-scales) that each Gaussian's triangle gives it."""
+        return (prepared.expression @ self.follow.flatten(1)).view(-1, 7)
 
     def joint_weights(self) -> Tensor:
         """Skinning weights [N,5] over head, torso, left and right eye, skull."""
@@ -278,15 +280,27 @@ def _refuse_misfit(rig: Rig, expressions: int) -> None:
 
 
 def _following(rig: Rig) -> Tensor:
-    """[E,N,6] displacement and rotation vector that each expression at 1 gives each Gaussian through its triangle."""
+    """[E,N,7] displacement, rotation vector and growth that each expression at 1 gives each Gaussian by its triangle.
+
+    Growth is that of log-scales, half the logarithm of the triangle's area. Without it a lid that closes and a lip that
+    stretches leave holes between their Gaussians.
+    """
     corners = rig.corners.long()
     shift = torch.einsum("nc,enci->eni", rig.bary, rig.expression[:, corners])
     triangles, where = torch.unique(corners, dim=0, return_inverse=True)
-    rest = _triangle_frames(rig.vertices[triangles])
+    rest = rig.vertices[triangles]
     # Half of each expression keeps the rotation well below pi, where it is close to linear in the coefficient.
-    bent = _triangle_frames(rig.vertices[triangles] + 0.5 * rig.expression[:, triangles])
-    turn = 2 * matrix_to_rotvec(bent @ rest.transpose(-1, -2))
-    return torch.cat([shift, turn[:, where]], -1) * rig.follow[:, None]
+    bent = rest + 0.5 * rig.expression[:, triangles]
+    turn = 2 * matrix_to_rotvec(_triangle_frames(bent) @ _triangle_frames(rest).transpose(-1, -2))
+    growth = torch.log(_areas(bent) / _areas(rest)).clamp(-_MAX_GROWTH, _MAX_GROWTH)
+    whole = torch.cat([turn, growth[..., None]], -1)
+    return torch.cat([shift, whole[:, where]], -1) * rig.follow[:, None]
+
+
+def _areas(corners: Tensor) -> Tensor:
+    """[...] of triangles [...,3,3] in square metres; none is quite 0."""
+    sides = corners[..., 1:, :] - corners[..., :1, :]
+    return 0.5 * torch.linalg.cross(sides[..., 0, :], sides[..., 1, :]).norm(dim=-1) + _LEAST_AREA
 
 
 def _triangle_frames(corners: Tensor) -> Tensor:

@@ -100,12 +100,12 @@ class RiggedAvatar(RigAvatar):
         joints = self.joint_weights()
         bent = (shape @ self.torso_basis.flatten(1)).view(n, 3) * joints[:, 1:2]
         moved = self.means + ridden[:, :3] + learned[:, _MEAN] + bent
-        turn = 0.5 * (ridden[:, 3:] + learned[:, _ROTATION])
+        turn = 0.5 * (ridden[:, 3:6] + learned[:, _ROTATION])
         small = torch.cat([torch.ones_like(turn[:, :1]), turn], 1)
         posed = self.skin(moved, quaternion_multiply(small, self.quats), joints, rotations, translations, turns)
         return Gaussians(
             *posed,
-            torch.exp(self.log_scales + learned[:, _SCALE]),
+            torch.exp(self.log_scales + ridden[:, 6:] + learned[:, _SCALE]),
             torch.sigmoid(self.opacity_logits + learned[:, _OPACITY]),
             self.colors + learned[:, _COLOR],
         )

@@ -115,6 +115,32 @@ def test_eyes_turn_about_their_centres() -> None:
         assert torch.allclose(still, turned, atol=1e-6)
 
 
+def test_gaussians_grow_with_their_triangles(avatar: RiggedAvatar) -> None:
+    """A lid that closes unfolds: its Gaussians cover the larger surface, and only they grow."""
+    rest = avatar.neutral
+    blink = rest.expression.clone()
+    blink[[avatar.expression_names.index(f"eyeBlink{side}") for side in ("Left", "Right")]] = 1
+    before, after = avatar.gaussians(rest), avatar.gaussians(rest._replace(expression=blink))
+    growth = torch.log(after.scales / before.scales)
+    corners = avatar.rig_corners.long()
+    still, closed = (
+        avatar.rig_vertices + torch.einsum("e,evi->vi", e, avatar.rig_expression) for e in (0 * blink, blink)
+    )
+
+    def area(vertices: torch.Tensor) -> torch.Tensor:
+        a, b, c = vertices[corners].unbind(1)
+        return torch.linalg.cross(b - a, c - a).norm(dim=1)
+
+    change = torch.log(area(closed) / area(still))
+    unfolded = (avatar.rig_follow > 0.99) & (change > 0.3)
+    untouched = change.abs() < 1e-4
+    assert unfolded.sum() > 5 and untouched.sum() > 100
+    # Linear in the coefficient, so only near the true growth (half of the area's, in each direction).
+    assert (growth[unfolded] > 0.25 * change[unfolded, None]).all()
+    assert growth.max() <= 2 * 1.0 + 1e-4
+    assert growth[untouched].abs().max() < 1e-3
+
+
 def test_lids_turn_their_gaussians(avatar: RiggedAvatar) -> None:
     rest = avatar.neutral
     blink = rest.expression.clone()

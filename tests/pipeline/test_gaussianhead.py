@@ -169,7 +169,8 @@ def test_the_field_is_off_during_the_warm_up() -> None:
     assert field.answer.weight.abs().max() == 0
     trainer.step()
     assert field.answer.weight.abs().max() > 0
-    still, moved = (trained(15, config(warmup_steps=steps)) for steps in (100, 5))
+    # Without the rig, whose triangles grow with the expression, the field alone changes scales.
+    still, moved = (trained(15, config(warmup_steps=steps, rig=False)) for steps in (100, 5))
     for trainer, differs in ((still, False), (moved, True)):
         one, other = (shown(trainer, frame).scales for frame in (0, 12))
         assert torch.equal(one, other) != differs
