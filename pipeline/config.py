@@ -214,7 +214,7 @@ class TrainConfig(Section):
     """The avatar model; `--avatar` sets it with the numbers that the preset has for it."""
     resolution: int = Field(256, ge=32, le=2048)
     """Width and height of the training crop in pixels."""
-    steps: int = Field(2500, ge=1)
+    steps: int = Field(2000, ge=1)
     """Optimisation steps."""
     gaussians: int = Field(10_000, ge=16)
     """Number of Gaussians."""
@@ -278,7 +278,7 @@ class Config(Section):
 
 _PRESET_CHANGES: dict[Preset, dict[str, Any]] = {
     "quick": {},
-    "standard": {"train.resolution": 512, "train.steps": 6000, "train.gaussians": 20_000},
+    "standard": {"train.resolution": 512, "train.steps": 4000, "train.gaussians": 20_000},
     "best": {
         **{"train.resolution": 512, "train.steps": 80_000, "train.gaussians": 50_000, "train.max_frames": 1800},
     },
@@ -299,7 +299,7 @@ _SMALL_GAUSSIANHEAD = {
 }
 _GAUSSIANHEAD_CHANGES: dict[Preset, dict[str, Any]] = {
     "quick": {**_SMALL_GAUSSIANHEAD, "train.steps": 1500},
-    "standard": {**_SMALL_GAUSSIANHEAD, "train.gaussians": 10_000, "train.steps": 4000},
+    "standard": {**_SMALL_GAUSSIANHEAD, "train.gaussians": 10_000, "train.steps": 2500},
     "best": {"train.gaussians": 10_000, "train.density.every": 100, "train.perceptual": 0.01},
 }
 # What a preset changes further where the avatar is not `rigged`.
