@@ -41,8 +41,6 @@ _START_OPACITY = {"head": 0.7, "random": 0.1}
 _SH_0 = 0.28209479177387814
 # Metres from the surface over which a random point still follows it.
 _FOLLOW_M = 0.015
-# A logit that leaves nothing.
-_NONE = -20.0
 
 
 class GaussianHeadAvatar(RigAvatar):
@@ -50,6 +48,7 @@ class GaussianHeadAvatar(RigAvatar):
 
     name: ClassVar[str] = "gaussianhead"
     hashed: ClassVar[bool] = False
+    exact: ClassVar[frozenset[str]] = EXACT | {"centre", "radius"}
 
     centre: Tensor
     radius: Tensor
@@ -73,8 +72,6 @@ class GaussianHeadAvatar(RigAvatar):
         self.register_buffer("centre", torch.zeros(3))
         self.register_buffer("radius", torch.ones(()))
         self.register_buffer("reached", torch.zeros(2, dtype=torch.int64))
-        self.opacity_logits = nn.Parameter(torch.zeros(n))
-        self.colors = nn.Parameter(torch.zeros(n, 3))
         self.torso_basis = nn.Parameter(torch.zeros(shape, n, 3))
         self.derivation: nn.Parameter | None = None
         if config.derivations:
@@ -100,7 +97,7 @@ class GaussianHeadAvatar(RigAvatar):
     def row_axes(self) -> dict[str, int]:
         """See `AvatarModel.row_axes`."""
         optional = [name for name in ("derivation", "vectors") if getattr(self, name) is not None]
-        own = dict.fromkeys(["opacity_logits", "colors", *optional], 0)
+        own = dict.fromkeys(optional, 0)
         return {**super().row_axes(), **own, "torso_basis": 1}
 
     def at_step(self, step: int, steps: int) -> None:
@@ -215,14 +212,6 @@ class GaussianHeadAvatar(RigAvatar):
             "expression_names": list(self.expression_names),
         }
 
-    def compact_weights(self) -> dict[str, Tensor]:
-        """The weights as saved: half precision except where half would cost a tenth of a millimetre."""
-        exact = EXACT | {"centre", "radius"}
-        return {
-            name: value.half() if value.is_floating_point() and name not in exact else value
-            for name, value in self.state_dict().items()
-        }
-
     @classmethod
     def restore(cls, settings: dict[str, Any], weights: dict[str, Tensor]) -> GaussianHeadAvatar:
         """An avatar from `settings` and saved weights of any precision."""
@@ -251,16 +240,9 @@ class GaussianHeadAvatar(RigAvatar):
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         head = data.head
         avatar = cls(begin.rig, own, features, shape, head.name, head.expression_names)
-        avatar.adopt(data)
+        flat = (1, 1, 0.4 if own.start == "head" else 1)
+        avatar.adopt(data, begin, _START_OPACITY[own.start], flat)
         with torch.no_grad():
-            avatar.means.copy_(begin.means)
-            avatar.quats.copy_(begin.quats)
-            flat = torch.tensor([1, 1, 0.4 if own.start == "head" else 1])
-            avatar.log_scales.copy_(torch.log(begin.sizes[:, None] * flat))
-            avatar.opacity_logits.copy_(torch.logit(torch.tensor(_START_OPACITY[own.start])))
-            avatar.colors.copy_(begin.colors)
-            avatar.torso_logits.copy_(torch.logit(begin.torso).clamp(min=_NONE))
-            avatar.skull_logits.copy_(torch.logit(begin.skull).clamp(min=_NONE))
             avatar.centre.copy_(begin.means.mean(0))
             avatar.radius.copy_((begin.means - avatar.centre).norm(dim=1).quantile(0.99) * 1.1)
             if avatar.derivation is not None:

@@ -7,8 +7,9 @@ learned.
 
 from __future__ import annotations
 
+import math
 from abc import ABC
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from pipeline.geometry import (
 )
 from pipeline.torso import Torso, TorsoPredictor
 
+if TYPE_CHECKING:
+    from pipeline.avatars.seeding import Start
+
 # Conditions beyond this many standard deviations of the training clip are held there: what was never seen must not
 # steer a network.
 FEATURE_LIMIT = 3.0
@@ -34,6 +38,8 @@ FEATURE_FLOOR = 0.05
 MOST_FOLLOWING = 50_000_000
 # Metres that a torso mode which hardly shows in the clip counts for.
 _SHAPE_FLOOR_M = 1e-4
+# A logit that leaves nothing.
+_NONE = -20.0
 # Growth of log-scales that an expression at 1 may give, and the area in square metres that a triangle has at least.
 _MAX_GROWTH, _LEAST_AREA = 1.0, 1e-8
 
@@ -74,6 +80,13 @@ class Rig(NamedTuple):
     """[2,3]."""
 
 
+EXACT = frozenset(
+    {"means", "feature_mean", "feature_scale", "shape_scale", "neutral_T_cam_head", "neutral_T_cam_torso"}
+    | {f"predictor_{name}" for name in TorsoPredictor._fields}
+)
+"""Weights that half precision would cost a tenth of a millimetre."""
+
+
 class Posed(NamedTuple):
     """Where N Gaussians stand in the camera's coordinates."""
 
@@ -85,6 +98,8 @@ class Posed(NamedTuple):
 
 class RigAvatar(AvatarModel, ABC):
     """What avatars on the rig share: it, the Gaussians' rest state, and how a condition moves them."""
+
+    exact: ClassVar[frozenset[str]] = EXACT
 
     rig_eyes: Tensor
     rig_eye_centres: Tensor
@@ -117,6 +132,8 @@ class RigAvatar(AvatarModel, ABC):
         self.means = nn.Parameter(torch.zeros(n, 3))
         self.quats = nn.Parameter(torch.tensor([1.0, 0, 0, 0]).repeat(n, 1))
         self.log_scales = nn.Parameter(torch.zeros(n, 3))
+        self.opacity_logits = nn.Parameter(torch.zeros(n))
+        self.colors = nn.Parameter(torch.zeros(n, 3))
         self.torso_logits = nn.Parameter(torch.zeros(n))
         self.skull_logits = nn.Parameter(torch.zeros(n))
 
@@ -135,7 +152,7 @@ class RigAvatar(AvatarModel, ABC):
 
     def row_axes(self) -> dict[str, int]:
         """See `AvatarModel.row_axes`."""
-        rows = ("means", "quats", "log_scales", "torso_logits", "skull_logits")
+        rows = ("means", "quats", "log_scales", "opacity_logits", "colors", "torso_logits", "skull_logits")
         bound = ("rig_corners", "rig_bary", "rig_follow", "rig_eyes")
         return dict.fromkeys((*rows, *bound), 0)
 
@@ -193,9 +210,23 @@ class RigAvatar(AvatarModel, ABC):
         posed = (rest @ rotations.permute(2, 0, 1).reshape(3, -1)).view(len(rest), -1, 3) + translations
         return Posed((joints[:, :, None] * posed).sum(1), quaternion_multiply(joints @ turns, quats))
 
+    def compact_weights(self) -> dict[str, Tensor]:
+        """The weights as saved: half precision except where half would cost a tenth of a millimetre."""
+        return {
+            name: value.half() if value.is_floating_point() and name not in self.exact else value
+            for name, value in self.state_dict().items()
+        }
+
     @torch.no_grad()
-    def adopt(self, data: TrainingData) -> None:
-        """Take what the training conditions say: the spread of features, the typical pose, how the torso follows."""
+    def adopt(self, data: TrainingData, begin: Start, opacity: float, flat: tuple[float, float, float]) -> None:
+        """Take what the training conditions say (spread of features, typical pose, how the torso follows) and a start.
+
+        Args:
+            data: the training frames.
+            begin: where Gaussians start.
+            opacity: how opaque.
+            flat: their scales along the axes, as shares of their sizes.
+        """
         features, shape = features_of(data.conditions), data.conditions.torso_shape
         middle = most_typical(features)
         self.feature_mean.copy_(features.mean(0))
@@ -208,13 +239,13 @@ class RigAvatar(AvatarModel, ABC):
         self.neutral_T_cam_head.copy_(data.conditions.T_cam_head[middle])
         self.neutral_T_cam_torso.copy_(data.conditions.T_cam_torso[middle])
         self.neutral_eyes.copy_(data.conditions.eyes.mean(0))
-
-
-EXACT = frozenset(
-    {"means", "feature_mean", "feature_scale", "shape_scale", "neutral_T_cam_head", "neutral_T_cam_torso"}
-    | {f"predictor_{name}" for name in TorsoPredictor._fields}
-)
-"""Weights that half precision would cost a tenth of a millimetre."""
+        self.means.copy_(begin.means)
+        self.quats.copy_(begin.quats)
+        self.log_scales.copy_(torch.log(begin.sizes[:, None] * torch.tensor(flat)))
+        self.opacity_logits.fill_(math.log(opacity / (1 - opacity)))
+        self.colors.copy_(begin.colors)
+        self.torso_logits.copy_(torch.logit(begin.torso).clamp(min=_NONE))
+        self.skull_logits.copy_(torch.logit(begin.skull).clamp(min=_NONE))
 
 
 def joint_transforms(conditions: Condition, eye_centres: Tensor) -> Tensor:

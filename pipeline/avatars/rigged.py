@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.avatars import Gaussians, ParameterGroup, TrainingData
 from pipeline.avatars.deformation import Rest, deform
-from pipeline.avatars.rig import EXACT, Prepared, Rig, RigAvatar, features_of
+from pipeline.avatars.rig import Prepared, Rig, RigAvatar, features_of
 from pipeline.avatars.seeding import start_on_head
 from pipeline.geometry import quaternion_multiply, skew
 
@@ -65,8 +65,6 @@ class RiggedAvatar(RigAvatar):
         self.register_buffer(
             "twist_units", torch.outer(torch.tensor(_TWISTED), torch.tensor(_TWIST_UNITS)), persistent=False
         )
-        self.opacity_logits = nn.Parameter(torch.zeros(n))
-        self.colors = nn.Parameter(torch.zeros(n, 3))
         self.basis = nn.Parameter(torch.zeros(basis_size, n, len(_BASIS_UNITS)))
         self.torso_basis = nn.Parameter(torch.zeros(shape, n, 3))
         self.driver = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, basis_size))
@@ -74,7 +72,7 @@ class RiggedAvatar(RigAvatar):
 
     def row_axes(self) -> dict[str, int]:
         """See `AvatarModel.row_axes`."""
-        return {**super().row_axes(), "opacity_logits": 0, "colors": 0, "basis": 1, "torso_basis": 1}
+        return {**super().row_axes(), "basis": 1, "torso_basis": 1}
 
     def deform(self, prepared: Prepared) -> Gaussians:
         """The Gaussians of one prepared condition, in the camera's coordinates."""
@@ -130,13 +128,6 @@ class RiggedAvatar(RigAvatar):
         """Sizes and names; everything else is a weight."""
         return {**self._size, "head": self.head, "expression_names": list(self.expression_names)}
 
-    def compact_weights(self) -> dict[str, Tensor]:
-        """The weights as saved: half precision except where half would cost a tenth of a millimetre."""
-        return {
-            name: value.half() if value.is_floating_point() and name not in EXACT else value
-            for name, value in self.state_dict().items()
-        }
-
     @classmethod
     def restore(cls, settings: dict[str, Any], weights: dict[str, Tensor]) -> RiggedAvatar:
         """An avatar from `settings` and saved weights of any precision."""
@@ -160,16 +151,9 @@ class RiggedAvatar(RigAvatar):
         features, shape = features_of(data.conditions).shape[1], data.conditions.torso_shape.shape[1]
         head = data.head
         avatar = cls(begin.rig, config.basis, config.hidden, features, shape, head.name, head.expression_names)
-        avatar.adopt(data)
+        avatar.adopt(data, begin, opacity=0.7, flat=(1, 1, 0.4))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         with torch.no_grad():
-            avatar.means.copy_(begin.means)
-            avatar.quats.copy_(begin.quats)
-            avatar.log_scales.copy_(torch.log(begin.sizes[:, None] * torch.tensor([1, 1, 0.4])))
-            avatar.opacity_logits.fill_(math.log(0.7 / 0.3))
-            avatar.colors.copy_(begin.colors)
-            avatar.torso_logits.copy_(torch.logit(begin.torso))
-            avatar.skull_logits.copy_(torch.logit(begin.skull))
             for layer in avatar.driver:
                 if isinstance(layer, nn.Linear):
                     layer.weight.normal_(0, 1 / math.sqrt(layer.in_features), generator=generator)

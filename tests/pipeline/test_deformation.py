@@ -51,7 +51,7 @@ def test_kernels_give_the_values_and_gradients_of_torch(avatar: RiggedAvatar) ->
             torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=2e-5, atol=2e-6)
         assert set(slopes) == set(expected_slopes)
         for name, slope in expected_slopes.items():
-            assert (slopes[name] - slope).abs().max() < 2e-5 * slope.abs().max(), name
+            assert (slopes[name] - slope).abs().max() < 5e-5 * slope.abs().max(), name
 
 
 def test_gradients_do_not_depend_on_threads(avatar: RiggedAvatar) -> None:
