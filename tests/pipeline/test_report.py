@@ -173,7 +173,7 @@ def test_the_comparison_names_split_baselines_and_reasons(whole: tuple[Page, str
     )
     assert "No MS-SSIM: it needs sides of at least 161 px" in text
     assert "42 % of the squared error lies along the outline" in text
-    assert "700 instead of 1500" in text
+    assert "700 instead of 2000" in text
     assert "people who agreed" in text
 
 
