@@ -219,9 +219,9 @@ class TrainConfig(Section):
     gaussians: int = Field(10_000, ge=16)
     """Number of Gaussians."""
     basis: int = Field(12, ge=0, le=64)
-    """Learned basis vectors on top of what the head model knows."""
+    """Learned basis vectors of `rigged` on top of what the head model knows."""
     hidden: int = Field(32, ge=1, le=512)
-    """Width of the network that weights the basis."""
+    """Width of the network that weights them."""
     coarse_share: float = Field(0.25, ge=0, lt=1)
     """Share of the steps, at the start, done at half the resolution."""
     random_background: float = Field(0.25, ge=0, le=1)

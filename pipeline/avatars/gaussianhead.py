@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.avatars import Gaussians, ParameterGroup, TrainingData
 from pipeline.avatars.networks import Decoders, DeformationField
-from pipeline.avatars.rig import EXACT, Prepared, Rig, RigAvatar, features_of
+from pipeline.avatars.rig import EXACT, Prepared, Rig, RigAvatar, features_of, unpacked
 from pipeline.avatars.seeding import Start, start_on_head
 from pipeline.avatars.triplane import HashPlanes, TriPlane
 from pipeline.config import GaussianHeadConfig
@@ -215,8 +215,7 @@ class GaussianHeadAvatar(RigAvatar):
     @classmethod
     def restore(cls, settings: dict[str, Any], weights: dict[str, Tensor]) -> GaussianHeadAvatar:
         """An avatar from `settings` and saved weights of any precision."""
-        full = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-        rig = Rig(*(full[f"rig_{name}"] for name in Rig._fields))
+        full, rig = unpacked(weights)
         config = GaussianHeadConfig.model_validate(settings["gaussianhead"])
         names = tuple(settings["expression_names"])
         avatar = cls(rig, config, settings["features"], settings["shape"], settings["head"], names)

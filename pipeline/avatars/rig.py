@@ -248,6 +248,12 @@ class RigAvatar(AvatarModel, ABC):
         self.skull_logits.copy_(torch.logit(begin.skull).clamp(min=_NONE))
 
 
+def unpacked(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], Rig]:
+    """Saved weights of any precision in single precision, and the rig that is among them."""
+    full = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    return full, Rig(*(full[f"rig_{name}"] for name in Rig._fields))
+
+
 def joint_transforms(conditions: Condition, eye_centres: Tensor) -> Tensor:
     """Ts_cam_joint [T,5,4,4] of head, torso, left and right eye, skull; all take rest coordinates of the head frame."""
     rotations = rotvec_to_matrix(conditions.eyes)

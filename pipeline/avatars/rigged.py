@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.avatars import Gaussians, ParameterGroup, TrainingData
 from pipeline.avatars.deformation import Rest, deform
-from pipeline.avatars.rig import Prepared, Rig, RigAvatar, features_of
+from pipeline.avatars.rig import Prepared, Rig, RigAvatar, features_of, unpacked
 from pipeline.avatars.seeding import start_on_head
 from pipeline.geometry import quaternion_multiply, skew
 
@@ -131,8 +131,7 @@ class RiggedAvatar(RigAvatar):
     @classmethod
     def restore(cls, settings: dict[str, Any], weights: dict[str, Tensor]) -> RiggedAvatar:
         """An avatar from `settings` and saved weights of any precision."""
-        full = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-        rig = Rig(*(full[f"rig_{name}"] for name in Rig._fields))
+        full, rig = unpacked(weights)
         names = tuple(settings["expression_names"])
         avatar = cls(
             rig, settings["basis"], settings["hidden"], settings["features"], settings["shape"], settings["head"], names
