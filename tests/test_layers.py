@@ -30,7 +30,7 @@ def tops(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipeline").rglob("*.py")), ids=lambda p: p.stem)
 def test_library_knows_no_prefect_and_nothing_above(path: Path) -> None:
-    upward = {"stages", "flows"} if path.name != "cli.py" else set()  # the command line starts the flow
+    upward = {"stages", "flows"} if path.parent.name != "cli" else set()  # the command line starts the flows
     assert not tops(path) & ({"prefect"} | upward)
 
 
@@ -40,8 +40,9 @@ def test_stage_imports_library_only(path: Path) -> None:
     assert not tops(path) & ({"prefect", "flows", "stages"} - allowed)
 
 
-def test_flows_are_thin() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "flows").glob("*.py")) < 300
+@pytest.mark.parametrize("path", sorted((ROOT / "flows").glob("*.py")), ids=lambda p: p.stem)
+def test_flows_are_thin(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 200, "what is more than wiring belongs in pipeline/"
 
 
 @pytest.mark.parametrize("module", ["pipeline.cli", "stages", "pipeline.run", "pipeline.stage"])

@@ -1,0 +1,107 @@
+"""The command line. Light at the top: `headcast --help` must not wait for torch or Prefect."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import tyro
+
+from pipeline import __version__
+from pipeline.cli.assets import Assets
+from pipeline.cli.bench import Bench
+from pipeline.cli.common import Common
+from pipeline.cli.doctor import Doctor
+from pipeline.cli.run import Demo, Rerun, Run
+from pipeline.cli.status import Status
+from pipeline.errors import HeadcastError, Interrupted
+from pipeline.threads import one_blas_thread
+
+COMMANDS: dict[str, Callable[..., Common]] = {
+    "run": Run,
+    "status": Status,
+    "rerun": Rerun,
+    "doctor": Doctor,
+    "assets": Assets,
+    "demo": Demo,
+    "bench": Bench,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: parse, run, print errors bare, exit with the promised code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in (["--version"], ["version"]):
+        sys.stdout.write(f"headcast {__version__}\n")
+        return
+    one_blas_thread()
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="headcast",
+        description="From a video of one person to a head avatar that can be driven. Start with: headcast demo",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    sys.exit(execute(command))
+
+
+def execute(command: Common) -> int:
+    """Run a parsed command and return its exit code."""
+    _set_up_logging(command.verbose)
+    with _stdout_kept_clean(command.json) as answer:
+        try:
+            document, text, code = command.answer()
+        except (HeadcastError, KeyboardInterrupt) as error:
+            return _report_error(command, error, answer)
+        answer(json.dumps(document, indent=2, ensure_ascii=False) if command.json else text)
+        return code
+
+
+def _set_up_logging(verbose: bool) -> None:
+    """Warnings on standard error; the orchestrator's own lines only when asked for."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    if not verbose:
+        handler.addFilter(lambda record: record.name.partition(".")[0] in ("pipeline", "stages", "flows"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+
+
+@contextlib.contextmanager
+def _stdout_kept_clean(as_json: bool) -> Iterator[Callable[[str], None]]:
+    """Give a function that prints the answer; with `--json`, whatever else is printed goes to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    if as_json:
+        os.dup2(2, 1)
+    try:
+        with open(kept, "w", closefd=False) as stream:
+
+            def answer(text: str) -> None:
+                stream.write(text + "\n")
+                stream.flush()
+
+            yield answer
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _report_error(command: Common, error: BaseException, answer: Callable[[str], None]) -> int:
+    """Print an error for a person, and as JSON when asked; after a stop, the command that resumes comes last."""
+    if command.verbose:
+        logging.getLogger(__name__).debug("traceback", exc_info=error)
+    stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+    failure = error if isinstance(error, HeadcastError) else Interrupted("Stopped. What is finished is kept.")
+    sys.stderr.write(f"{'' if stopped else 'error: '}{failure}\n")
+    resume = command.resume_command() if stopped else None
+    if resume:
+        sys.stderr.write(f"To go on: {resume}\n")
+    if command.json:
+        error_data = {"what": failure.what, "fix": failure.fix, "resume": resume}
+        answer(json.dumps({"schema": 1, "error": error_data}, indent=2, ensure_ascii=False))
+    return failure.exit_code

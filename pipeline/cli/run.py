@@ -1,0 +1,154 @@
+"""`headcast run`, `rerun` and `demo`: one subject brought up to date."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipeline.cli.common import Answer, Common, Settings
+from pipeline.errors import HeadcastError, UserError
+
+
+@dataclass(frozen=True)
+class Run(Common):
+    """Make an avatar from one or more videos of one person, or bring it up to date.
+
+    Stages that are finished and unchanged are left alone; a run that was stopped goes on where it was.
+    """
+
+    videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="VIDEO...")] = ()
+    """A video file, or a folder of images; several clips of the same person make one avatar."""
+    subject: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """The subject's name; by default made from the first file's name."""
+    person: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Which of several people: their number from the left where the most are seen; by default who is seen longest."""
+    like: Annotated[Path | None, tyro.conf.arg(metavar="PHOTO")] = None
+    """Which of several people: a photograph of the one; needs a face recognition model of your own."""
+    alpha: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER_OR_VIDEO")] = ()
+    """Alphas of your own: a video or a folder of images, one for every frame; for several clips given once for each."""
+    no_check: bool = False
+    """Do not look at new videos beforehand and say what to film again."""
+    preset: Literal["quick", "standard", "best"] = "quick"
+    """quick: a minute or two on two cores, 256 px. standard: minutes, 512 px. best: the paper's budget, for a GPU."""
+    avatar: Literal["rigged", "gaussianhead", "gaussianhead-plus"] = "rigged"
+    """The avatar model: rigged is ours and the fast one (docs/avatars.md compares them)."""
+    head: Literal["anny", "flame", "flame2023open", "flame2023", "flame2020", "gnm"] = "anny"
+    """The head model; anny needs no licence and no file, headcast doctor tells where the others go."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train and render; auto takes a GPU where there is one."""
+    first: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None
+    """Run this stage again even if it is fresh, and what follows as needed."""
+    last: Annotated[str | None, tyro.conf.arg(name="to", metavar="STAGE")] = None
+    """Stop after this stage (decode, track, matte, fit, train, evaluate, export)."""
+    set: Settings = ()
+    """Change a setting, for example --set train.steps=500; may be given several times (docs/settings.md lists all)."""
+
+    def answer(self) -> Answer:
+        from pipeline.run import RunRequest
+
+        if not self.videos:
+            raise UserError(
+                "No video is named.", "for example: headcast run my_video.mp4; headcast run --help tells more"
+            )
+        settings = [f"train.avatar={self.avatar}", f"fit.head={self.head}", *self.set]
+        if self.person is not None:
+            settings.append(f"track.person={self.person}")
+        return carry_out(
+            RunRequest(
+                data=self.data,
+                subject=self.subject,
+                videos=self.videos,
+                like=self.like,
+                alpha=self.alpha,
+                check=not self.no_check,
+                preset=self.preset,
+                settings=tuple(settings),
+                first=self.first,
+                last=self.last,
+                device=self.device,
+            )
+        )
+
+    def resume_command(self) -> str | None:
+        from pipeline.dataset import subject_name_for
+
+        return _rerun_command(self.subject or subject_name_for(self.videos[0]), self.data)
+
+
+@dataclass(frozen=True)
+class Rerun(Common):
+    """Run a subject's failed stage, or a named one, and what follows, with the settings of its last run."""
+
+    subject: tyro.conf.Positional[str] = tyro.MISSING
+    """The subject's name."""
+    first: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None
+    """Run this stage again even if it is fresh; by default the first that is not."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train and render; auto takes a GPU where there is one."""
+
+    def answer(self) -> Answer:
+        from pipeline.run import RunRequest
+
+        return carry_out(RunRequest(data=self.data, subject=self.subject, first=self.first, device=self.device))
+
+    def resume_command(self) -> str | None:
+        return _rerun_command(self.subject, self.data)
+
+
+@dataclass(frozen=True)
+class Demo(Common):
+    """Run the whole pipeline on the sample clip."""
+
+    preset: Literal["quick", "standard", "best"] = "quick"
+    """Budget of the run, as in `headcast run`."""
+
+    def answer(self) -> Answer:
+        from pipeline.assets import asset_path, ensure_assets
+        from pipeline.progress import default_reporter
+        from pipeline.run import RunRequest
+
+        ensure_assets({"sample_clip"}, default_reporter())
+        clip = asset_path("sample_clip")
+        # The sample is known for what goes wrong in it.
+        return carry_out(RunRequest(data=self.data, subject="demo", videos=(clip,), preset=self.preset, check=False))
+
+    def resume_command(self) -> str | None:
+        return _rerun_command("demo", self.data)
+
+
+def _rerun_command(subject: str, data: Path) -> str:
+    return shlex.join(["headcast", "rerun", subject, "--data", str(data)])
+
+
+def carry_out(request: Any) -> Answer:
+    """Bring a subject up to date; Prefect starts only when there is something to do."""
+    from pipeline.run import account, check_writable, nothing_to_do, prepare
+    from pipeline.stage import inspect_stages
+    from stages import STAGES
+
+    states = nothing_to_do(request, STAGES)
+    worked: list[str] = []
+    subject, config, wanted = prepare(request, STAGES)
+    if states is None:
+        check_writable(request.data)
+        from flows.subject import subject_flow
+
+        try:
+            worked = subject_flow(request)
+        except (HeadcastError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever Prefect meets while it starts or talks to its server
+            raise HeadcastError(
+                f"The orchestrator failed: {type(error).__name__}: {error}.",
+                "run the same command again, with --verbose for its log; what is finished is kept",
+            ) from error
+        states = inspect_stages(subject, wanted, config)
+    else:
+        sys.stderr.write(f"{subject.name}: everything is fresh, nothing to do.\n")
+    document = account(subject, states, worked)
+    return document, str(subject.report), 0
