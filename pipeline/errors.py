@@ -12,6 +12,8 @@ class HeadcastError(Exception):
     """
 
     exit_code = 1
+    retryable = False
+    """Whether doing the same again can help: with a lock, a network or a storage; not with a video without a face."""
 
     def __init__(self, what: str, fix: str = "") -> None:
         super().__init__(what)
@@ -35,8 +37,26 @@ class StageError(HeadcastError):
     """A stage cannot do its work on this input or this machine. Exit code 1; what was finished stays."""
 
 
+class Unavailable(StageError):
+    """Something outside that comes back did not answer: a network, a server, a storage."""
+
+    retryable = True
+
+
+class StageTimeout(StageError):
+    """A stage was still at work when its time was up, and was ended."""
+
+
+class StageDied(StageError):
+    """The process that a stage worked in ended without an answer: killed, or out of memory."""
+
+    retryable = True
+
+
 class SubjectBusy(UserError):
     """Another run holds this subject's lock."""
+
+    retryable = True
 
 
 class Interrupted(HeadcastError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -15,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import Config, Preset, configure, override, preset_config
 from pipeline.dataset import Dataset, Subject, sha256_file, subject_name_for, write_json
-from pipeline.errors import StageError, UserError
+from pipeline.errors import StageError, SubjectBusy, UserError
 from pipeline.progress import Reporter
 from pipeline.source import (
     alphas_digest,
@@ -37,9 +38,11 @@ from pipeline.source import (
     register_source,
     source_paths,
 )
-from pipeline.stage import Stage, State, inspect_stages
+from pipeline.stage import Stage, State, inspect_stages, run_stage
 
 RUN_RECORD = "run.json"
+LOCK_RETRY_SECONDS = 5.0
+_stop_asked = threading.Event()
 
 
 def usable_cores() -> int:
@@ -76,6 +79,12 @@ class RunRequest(BaseModel):
     """Where to train and render."""
     threads: int = Field(default_factory=usable_cores, ge=1)
     """CPU threads to use."""
+    wait_minutes: float = Field(0.0, ge=0)
+    """How long to wait for a subject that another run holds."""
+    stage_minutes: float | None = Field(None, gt=0)
+    """Time limit of each stage; stages then work in a process of their own, which the limit ends."""
+    routes: dict[Literal["cpu", "gpu"], str] = Field(default_factory=dict)
+    """Where stages of a kind are run: the deployment, as FLOW/NAME, that another work pool serves."""
 
     def target(self) -> Subject:
         """The subject's folder, named but not made.
@@ -184,16 +193,16 @@ def open_subject(request: RunRequest, subject: Subject, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def hold(subject: Subject) -> Iterator[None]:
-    """Make the subject's folder if need be and hold its lock.
+def hold(subject: Subject, wait_minutes: float = 0.0) -> Iterator[IO[str]]:
+    """Make the subject's folder if need be and hold its lock; gives the lock's file.
 
     Raises:
         UserError: the data folder cannot be written; another run holds the subject.
     """
     new = not subject.root.exists()
     try:
-        with subject.lock():
-            yield
+        with contextlib.ExitStack() as stack:
+            yield _locked(subject, wait_minutes, stack)
     except PermissionError as error:
         raise UserError(
             f"The data folder cannot be written: '{error.filename}'.", "make it writable or choose another with --data"
@@ -206,6 +215,18 @@ def hold(subject: Subject) -> Iterator[None]:
     finally:
         if new:
             _remove_if_empty(subject)
+
+
+def _locked(subject: Subject, wait_minutes: float, stack: contextlib.ExitStack) -> IO[str]:
+    """Take the lock, waiting for another run to let go of it."""
+    end = time.monotonic() + 60 * wait_minutes
+    while True:
+        try:
+            return stack.enter_context(subject.lock())
+        except SubjectBusy:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(min(LOCK_RETRY_SECONDS, max(end - time.monotonic(), 0.0)))
 
 
 def _remove_if_empty(subject: Subject) -> None:
@@ -284,24 +305,87 @@ def check_captures_first(request: RunRequest, subject: Subject, reporter: Report
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl+C or SIGTERM into a request that stages obey between two steps; a second one interrupts.
 
-    Outside the main thread, where no handler can be set, nothing is caught.
+    Only the main thread can catch signals; other threads hear what it has caught.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield _stop_asked.is_set
         return
-    asked = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if _stop_asked.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        _stop_asked.set()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield _stop_asked.is_set
     finally:
+        _stop_asked.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+Worker = Callable[[Stage], dict[str, Any] | None]
+
+
+@contextlib.contextmanager
+def stage_worker(
+    request: RunRequest,
+    subject: Subject,
+    stages: Sequence[Stage],
+    config: Config,
+    lock: IO[str],
+    reporter: Reporter,
+) -> Iterator[Worker]:
+    """Give the function that brings one stage up to date: its manifest, or None when it was fresh already.
+
+    The caller holds the subject's lock, whose file is `lock`. With a time limit the stages work in one child process.
+    """
+    with contextlib.ExitStack() as stack:
+        child = None
+        if request.stage_minutes is not None:
+            from pipeline.isolation import StageProcess
+
+            child = stack.enter_context(StageProcess(subject, stages, 60 * request.stage_minutes, lock.fileno()))
+
+        def bring_up_to_date(stage: Stage) -> dict[str, Any] | None:
+            until = list(stages).index(stage) + 1
+            force = request.first == stage.name
+            if not force and inspect_stages(subject, stages[:until], config)[-1].name == "fresh":
+                return None
+            with stop_signals() as stop_requested:
+                how: dict[str, Any] = {
+                    "force": force,
+                    "device": request.device,
+                    "threads": request.threads,
+                    "reporter": reporter,
+                    "stop_requested": stop_requested,
+                }
+                if child is not None:
+                    return child.run(stage, config, **how)
+                return run_stage(subject, stage, stages, config, **how)
+
+        yield bring_up_to_date
+
+
+def segments(request: RunRequest, stages: Sequence[Stage]) -> list[tuple[str | None, list[Stage]]]:
+    """Neighbouring stages that run in one place: with the deployment they are sent to, or None for here."""
+    parts = itertools.groupby(stages, key=lambda stage: request.routes.get(stage.needs))
+    return [(route, list(part)) for route, part in parts]
+
+
+def routed(request: RunRequest, subject: Subject, stages: Sequence[Stage]) -> RunRequest:
+    """What another machine is asked for: these stages of a subject that is there, all of them in place."""
+    forced = request.first if request.first in [stage.name for stage in stages] else None
+    return RunRequest(
+        data=request.data,
+        subject=subject.name,
+        first=forced,
+        last=stages[-1].name,
+        device=request.device,
+        wait_minutes=max(request.wait_minutes, 10.0),
+        stage_minutes=request.stage_minutes,
+    )
 
 
 def account(subject: Subject, states: Sequence[State], ran: Sequence[str] = ()) -> dict[str, Any]:

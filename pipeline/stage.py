@@ -8,6 +8,7 @@ appears by one rename. `docs/dataset.md` is the specification.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -24,13 +25,15 @@ from typing import Any, Literal, TypeVar
 from pipeline import __version__
 from pipeline.config import Config, Section
 from pipeline.dataset import Subject, canonical_json, fsync_tree, sha256_file, write_json
-from pipeline.errors import HeadcastError, Interrupted, StageError
+from pipeline.errors import HeadcastError, Interrupted, StageError, Unavailable
 from pipeline.progress import Reporter, SilentReporter
 
 SCHEMA = 1
 MANIFEST = "stage.json"
 SCRATCH = "scratch"
 FAILURE = "failure.json"
+_PASSING = (errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ETXTBSY, errno.EHOSTDOWN)
+"""Storage errors that may be gone the next time: a locked file, a file server that stumbles."""
 
 Level = Literal["good", "fair", "poor"]
 StateName = Literal["fresh", "stale", "missing", "partial", "failed", "running", "waiting"]
@@ -105,6 +108,8 @@ class Stage:
     assets: Callable[[Config], tuple[str, ...]] = lambda config: ()
     """Assets (`pipeline.assets`) that must be there before the stage works; nothing is fetched while it does."""
     description: str = ""
+    needs: Literal["cpu", "gpu"] = "cpu"
+    """The kind of machine it gains from: what sends it to another work pool (`RunRequest.routes`)."""
     data: Callable[[Config], dict[str, str]] = lambda config: {}
     """What this stage reads beside its inputs and settings, such as a head model: name -> digest; part of its key."""
 
@@ -336,6 +341,13 @@ def run_stage(
     return manifest
 
 
+def note_failure(subject: Subject, stage: Stage, stages: Sequence[Stage], config: Config, error: HeadcastError) -> None:
+    """Leave for `status` why a stage failed that could not say so itself, its process having been ended."""
+    state = inspect_stages(subject, stages[: [s.name for s in stages].index(stage.name) + 1], config)[-1]
+    if state.key is not None and (work := work_folder(subject, stage, state.key)).is_dir():
+        _record_failure(work, error)
+
+
 def publish(subject: Subject, stage: Stage, work: Path) -> None:
     """Put a finished work folder in its place by rename, and clear what other attempts of the stage left."""
     target = subject.stage(stage.name)
@@ -380,8 +392,7 @@ def _record_failure(work: Path, error: HeadcastError) -> HeadcastError:
 
 
 def _storage_error(stage: Stage, subject: Subject, error: OSError) -> StageError:
-    import errno
-
+    kind = Unavailable if error.errno in _PASSING else StageError
     fixes = {
         errno.ENOSPC: "free some space and run the same command again: what is finished is kept",
         errno.EDQUOT: "raise the quota or free some space, then run the same command again",
@@ -389,7 +400,7 @@ def _storage_error(stage: Stage, subject: Subject, error: OSError) -> StageError
         errno.EACCES: "make the data folder writable or choose another with --data",
     }
     where = f" at '{error.filename}'" if error.filename else ""
-    return StageError(
+    return kind(
         f"Stage '{stage.name}' of '{subject.name}' could not read or write{where}: {error.strerror or error}.",
         fixes.get(error.errno or 0, "look at the path and run the same command again"),
     )

@@ -195,5 +195,6 @@ STAGE = Stage(
     inputs=("decode", "matte", "fit"),
     run=run,
     reads=("evaluate.holdout", "evaluate.min_holdout_frames"),
+    needs="gpu",
     description="from crops, alphas and the fit to a Gaussian avatar",
 )

@@ -18,7 +18,7 @@ from pipeline.cli.common import Common
 from pipeline.cli.doctor import Doctor
 from pipeline.cli.run import Demo, Rerun, Run
 from pipeline.cli.status import Status
-from pipeline.errors import HeadcastError, Interrupted
+from pipeline.errors import HeadcastError, Interrupted, UserError
 from pipeline.threads import one_blas_thread
 
 COMMANDS: dict[str, Callable[..., Common]] = {
@@ -57,8 +57,23 @@ def execute(command: Common) -> int:
             document, text, code = command.answer()
         except (HeadcastError, KeyboardInterrupt) as error:
             return _report_error(command, error, answer)
+        except ValueError as error:
+            if (refused := _refused_option(error)) is None:
+                raise
+            return _report_error(command, refused, answer)
         answer(json.dumps(document, indent=2, ensure_ascii=False) if command.json else text)
         return code
+
+
+def _refused_option(error: ValueError) -> UserError | None:
+    """What a request that refuses an option says of it, or None for any other error."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return None
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+    return UserError(f"'{first['input']}' cannot be the {name}: {first['msg']}.", "see headcast COMMAND --help")
 
 
 def _set_up_logging(verbose: bool) -> None:

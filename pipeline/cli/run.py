@@ -41,6 +41,8 @@ class Run(Common):
     """The head model; anny needs no licence and no file, headcast doctor tells where the others go."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train and render; auto takes a GPU where there is one."""
+    stage_minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
+    """Time limit of each stage; stages then work in a process of their own, which is ended when it is over."""
     first: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None
     """Run this stage again even if it is fresh, and what follows as needed."""
     last: Annotated[str | None, tyro.conf.arg(name="to", metavar="STAGE")] = None
@@ -71,6 +73,7 @@ class Run(Common):
                 first=self.first,
                 last=self.last,
                 device=self.device,
+                stage_minutes=self.stage_minutes,
             )
         )
 
@@ -90,11 +93,21 @@ class Rerun(Common):
     """Run this stage again even if it is fresh; by default the first that is not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train and render; auto takes a GPU where there is one."""
+    stage_minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
+    """Time limit of each stage; stages then work in a process of their own, which is ended when it is over."""
 
     def answer(self) -> Answer:
         from pipeline.run import RunRequest
 
-        return carry_out(RunRequest(data=self.data, subject=self.subject, first=self.first, device=self.device))
+        return carry_out(
+            RunRequest(
+                data=self.data,
+                subject=self.subject,
+                first=self.first,
+                device=self.device,
+                stage_minutes=self.stage_minutes,
+            )
+        )
 
     def resume_command(self) -> str | None:
         return _rerun_command(self.subject, self.data)
