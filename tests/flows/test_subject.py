@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset import Dataset, Subject, write_atomic, write_json
-from pipeline.errors import StageError, SubjectBusy
+from pipeline.errors import StageError, SubjectBusy, Unavailable, UserError
 from pipeline.run import RunRequest
 from pipeline.stage import Result, Stage, StageRun, Verdict
 
@@ -21,12 +21,16 @@ class Toys:
     def __init__(self) -> None:
         self.worked: list[str] = []
         self.fail = ""
+        self.flaky = 0
         self.stages = (Stage("decode", 1, (), self.run), Stage("track", 1, ("decode",), self.run))
 
     def run(self, run: StageRun) -> Result:
         name = run.work.name.partition("-")[0]
         if name == self.fail:
             raise StageError("No face in any of 12 frames.", "film the face")
+        if name == "track" and self.flaky:
+            self.flaky -= 1
+            raise Unavailable("The file server did not answer.")
         self.worked.append(name)
         write_atomic(run.work / "out", name.encode())
         return Result(Verdict("good", f"{name}: good."))
@@ -116,3 +120,25 @@ def test_two_runs_of_one_subject_do_not_mix(toys: Toys, subject: Subject) -> Non
     with subject.lock(), pytest.raises(SubjectBusy, match="'anna' is in use"):
         run(subject)
     assert toys.worked == []
+
+
+def test_what_can_pass_is_tried_again_and_the_rest_is_not(
+    toys: Toys, subject: Subject, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flows.subject.BACKOFF_SECONDS", 0.01)
+    toys.flaky = 2
+    assert run(subject) == ["decode", "track"]
+    assert capsys.readouterr().err.count("track: The file server did not answer. Trying again") == 2
+    toys.fail = "track"
+    with pytest.raises(StageError):
+        run(subject, first="track")
+    assert "Trying again" not in capsys.readouterr().err
+
+
+def test_route_without_a_deployment_is_told(toys: Toys, subject: Subject) -> None:
+    from flows.subject import subject_flow
+
+    request = RunRequest(data=subject.root.parent, subject=subject.name, routes={"cpu": "subject/nowhere"})
+    with pytest.raises(UserError, match="There is no deployment 'subject/nowhere'"):
+        subject_flow(request)
+    assert not subject.running(), "the lock is let go for the run over there"

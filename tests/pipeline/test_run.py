@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -12,10 +16,21 @@ from face_clips import face_frames
 from pipeline import capture_check
 from pipeline.config import Config, MatteConfig
 from pipeline.dataset import Dataset, Subject, sha256_file
-from pipeline.errors import UserError
+from pipeline.errors import SubjectBusy, UserError
 from pipeline.finding import Finding
 from pipeline.progress import SilentReporter
-from pipeline.run import RunRequest, check_captures_first, check_input, open_subject, prepare, resolve_config
+from pipeline.run import (
+    RunRequest,
+    check_captures_first,
+    check_input,
+    hold,
+    open_subject,
+    prepare,
+    resolve_config,
+    routed,
+    segments,
+    stop_signals,
+)
 from pipeline.video import write_video
 from stages import STAGES
 
@@ -159,3 +174,67 @@ def test_a_model_that_is_none_is_refused_before_anything_is_made(tmp_path: Path,
     with pytest.raises(UserError, match="'nonsense' cannot be the matting model: it is not one"):
         prepare(request(tmp_path, *videos, settings=("matte.model=nonsense",))[0], STAGES)
     assert not (tmp_path / "data").exists()
+
+
+def test_stages_stay_together_unless_a_route_parts_them() -> None:
+    here = segments(RunRequest(subject="anna"), STAGES)
+    assert [(route, len(part)) for route, part in here] == [(None, 7)]
+    parted = segments(RunRequest(subject="anna", routes={"gpu": "subject/gpu"}), STAGES)
+    assert [(route, [stage.name for stage in part]) for route, part in parted] == [
+        (None, ["decode", "track", "matte", "fit"]),
+        ("subject/gpu", ["train"]),
+        (None, ["evaluate", "export"]),
+    ]
+
+
+@pytest.mark.parametrize(("first", "passed_on"), [("train", "train"), ("fit", None), (None, None)])
+def test_what_is_sent_elsewhere_runs_there_and_goes_no_further(
+    tmp_path: Path, first: str | None, passed_on: str | None
+) -> None:
+    request = RunRequest(data=tmp_path, subject="anna", first=first, routes={"gpu": "subject/gpu"}, stage_minutes=7)
+    sent = routed(request, Dataset(tmp_path).subject("anna"), STAGES[4:5])
+    assert (sent.first, sent.last, sent.stage_minutes, sent.routes) == (passed_on, "train", 7, {})
+    assert sent.videos == ()
+
+
+def test_waits_for_a_subject_that_is_held_and_no_longer_than_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.run.LOCK_RETRY_SECONDS", 0.02)
+    subject = Dataset(tmp_path).subject("anna")
+    with subject.lock(), pytest.raises(SubjectBusy), hold(subject, wait_minutes=0.001):
+        pass
+    held = threading.Event()
+
+    def hold_a_little() -> None:
+        with subject.lock():
+            held.set()
+            time.sleep(0.3)
+
+    other = threading.Thread(target=hold_a_little)
+    other.start()
+    held.wait(10)
+    with hold(subject, wait_minutes=1):
+        assert subject.running()
+    other.join()
+
+
+def test_other_threads_hear_the_stop_that_the_main_thread_caught() -> None:
+    heard = []
+
+    def listen() -> None:
+        with stop_signals() as stop_requested:
+            heard.append(stop_requested())
+
+    with stop_signals() as stop_requested:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested()
+        thread = threading.Thread(target=listen)
+        thread.start()
+        thread.join()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    with stop_signals() as stop_requested:
+        assert not stop_requested()
+    assert heard == [True]
