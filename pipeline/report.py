@@ -20,7 +20,7 @@ from pipeline import __version__
 from pipeline.advice import Advice, advise
 from pipeline.config import Config, differences
 from pipeline.dataset import Subject, write_atomic
-from pipeline.stage import FAILURE, Stage, State, inspect_stages, work_folder
+from pipeline.stage import Stage, State, inspect_stages
 
 TEMPLATES = Path(__file__).parent / "templates"
 METRICS_SCHEMA = 1
@@ -158,8 +158,7 @@ def _view(subject: Subject, stage: Stage, state: State) -> StageView:
     verdict = manifest.get("verdict") or {}
     text, badge, note, fix = str(verdict.get("text", "")), str(verdict.get("level", "")), "", ""
     if state.name == "failed":
-        failure = _failure(subject, stage, state)
-        text, fix, badge = failure.get("what", state.why), failure.get("fix", ""), "failed"
+        text, fix, badge = state.why, state.fix, "failed"
         note = "The files shown are of an earlier run." if manifest else ""
     elif state.name in ("partial", "running"):
         text, badge = "Begun and not finished. What is done is kept; the same command goes on from there.", "unfinished"
@@ -188,12 +187,6 @@ def _view(subject: Subject, stage: Stage, state: State) -> StageView:
         file_count=len(outputs),
         size=sum(int(entry["size"]) for entry in outputs),
     )
-
-
-def _failure(subject: Subject, stage: Stage, state: State) -> dict[str, str]:
-    """What a failed stage left in its work folder."""
-    record = _read(work_folder(subject, stage, state.key or "") / FAILURE)
-    return {name: str(text) for name, text in record.items()} if isinstance(record, dict) else {}
 
 
 def _headline(subject: Subject, views: Sequence[StageView]) -> tuple[str, str]:

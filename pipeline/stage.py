@@ -17,7 +17,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -123,6 +123,20 @@ class State:
     why: str
     key: str | None = None
     manifest: dict[str, Any] | None = None
+    fix: str = ""
+    """What to do next, as the stage said when it failed."""
+    failed_at: str | None = None
+    """When it failed, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt at a stage that was not finished, as its work folder tells."""
+
+    name: Literal["failed", "running", "partial"]
+    why: str
+    fix: str = ""
+    failed_at: str | None = None
 
 
 def section_of(stage: Stage, config: Config) -> dict[str, Any]:
@@ -182,10 +196,26 @@ def damaged_output(folder: Path, manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def inspect_stages(subject: Subject, stages: Sequence[Stage], config: Config) -> list[State]:
-    """The state of each stage, in order; a stage after one that is not fresh is judged by what is known."""
-    states: dict[str, State] = {}
+def inspect_stages(subject: Subject, stages: Sequence[Stage], config: Config, *, verify: bool = True) -> list[State]:
+    """The state of each stage, in order; a stage after one that is not fresh is judged by what is known.
+
+    Args:
+        subject: whose stages.
+        stages: in the order in which they run.
+        config: the settings that the files are held against.
+        verify: read and hash every output. Without it the manifests are taken at their word.
+    """
     running = subject.running()
+    states = []
+    for stage, state in zip(stages, published_states(subject, stages, config, verify=verify), strict=True):
+        attempt = attempt_at(subject, stage, state.key, running) if state.name != "fresh" else None
+        states.append(replace(state, **vars(attempt)) if attempt else state)
+    return states
+
+
+def published_states(subject: Subject, stages: Sequence[Stage], config: Config, *, verify: bool) -> list[State]:
+    """As `inspect_stages`, but by the finished files alone: attempts in the work folders are not looked at."""
+    states: dict[str, State] = {}
     for stage in stages:
         unfresh = [name for name in stage.inputs if states[name].name != "fresh"]
         manifest = read_manifest(subject.stage(stage.name))
@@ -194,7 +224,7 @@ def inspect_stages(subject: Subject, stages: Sequence[Stage], config: Config) ->
             states[stage.name] = State(stage.name, name, f"{unfresh[0]} is not fresh", None, manifest)
             continue
         key = stage_key(stage, section_of(stage, config), _input_digests(subject, stage, states, config))
-        states[stage.name] = _inspect_one(subject, stage, config, key, manifest, running)
+        states[stage.name] = _judge(subject, stage, config, key, manifest, verify)
     return list(states.values())
 
 
@@ -203,28 +233,37 @@ def _input_digests(subject: Subject, stage: Stage, states: dict[str, State], con
     return {**(digests or {"source": str(source_digest(subject))}), **stage.data(config)}
 
 
-def _inspect_one(
-    subject: Subject, stage: Stage, config: Config, key: str, manifest: dict[str, Any] | None, running: bool
+def _judge(
+    subject: Subject, stage: Stage, config: Config, key: str, manifest: dict[str, Any] | None, verify: bool
 ) -> State:
-    work = work_folder(subject, stage, key)
-    if manifest is not None and manifest.get("key") == key:
-        damage = damaged_output(subject.stage(stage.name), manifest)
-        if damage is None:
-            return State(stage.name, "fresh", "", key, manifest)
-        return State(stage.name, "stale", damage, key, manifest)
-    if work.is_dir() and (work / FAILURE).is_file():
-        try:
-            what = str(json.loads((work / FAILURE).read_bytes())["what"])
-        except (OSError, ValueError, KeyError, TypeError):
-            what = "it failed; its record cannot be read"
-        return State(stage.name, "failed", what, key, manifest)
-    if work.is_dir():
-        if running:
-            return State(stage.name, "running", "at work now", key, manifest)
-        return State(stage.name, "partial", "begun and not finished; a run resumes it", key, manifest)
     if manifest is None:
         return State(stage.name, "missing", "not run yet", key, None)
-    return State(stage.name, "stale", _why_stale(stage, config, manifest), key, manifest)
+    if manifest.get("key") != key:
+        return State(stage.name, "stale", _why_stale(stage, config, manifest), key, manifest)
+    damage = damaged_output(subject.stage(stage.name), manifest) if verify else None
+    return State(stage.name, "stale" if damage else "fresh", damage or "", key, manifest)
+
+
+def attempt_at(subject: Subject, stage: Stage, key: str | None, running: bool) -> Attempt | None:
+    """The attempt at a stage with this key that is going on, failed or was cut short; None where there is none.
+
+    Args:
+        subject: whose stage.
+        stage: which.
+        key: None where the stage's inputs are not fresh, so that nothing can have been begun.
+        running: whether a run holds the subject.
+    """
+    if key is None or not (work := work_folder(subject, stage, key)).is_dir():
+        return None
+    if (work / FAILURE).is_file():
+        try:
+            record = json.loads((work / FAILURE).read_bytes())
+            return Attempt("failed", str(record["what"]), str(record.get("fix", "")), str(record.get("at", "")) or None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return Attempt("failed", "it failed; its record cannot be read")
+    if running:
+        return Attempt("running", "at work now")
+    return Attempt("partial", "begun and not finished; a run resumes it")
 
 
 def _why_stale(stage: Stage, config: Config, manifest: dict[str, Any]) -> str:

@@ -167,6 +167,17 @@ def test_damage_is_seen_and_mended(bench: Bench, damage: str) -> None:
     assert path.read_text() == "B"
 
 
+def test_without_verification_manifests_are_taken_at_their_word(bench: Bench) -> None:
+    bench.run()
+    (bench.subject.stage("track") / "letters" / "001").write_bytes(b"X")
+    believed = inspect_stages(bench.subject, bench.stages, CONFIG, verify=False)
+    assert [state.name for state in believed] == ["fresh", "fresh"]
+    other = inspect_stages(bench.subject, bench.stages, override(CONFIG, ["decode.max_frames=7"]), verify=False)
+    assert [state.name for state in other] == ["stale", "stale"]
+    (bench.subject.stage("track") / "stage.json").unlink()
+    assert inspect_stages(bench.subject, bench.stages, CONFIG, verify=False)[1].name == "missing"
+
+
 def test_dataset_can_be_moved(bench: Bench, tmp_path: Path) -> None:
     bench.run()
     moved = Subject(bench.subject.root.rename(tmp_path / "bea"))
@@ -181,7 +192,8 @@ def test_failure_keeps_what_was_finished_and_is_resumed(bench: Bench) -> None:
         bench.run()
     assert (bench.subject.stage("track") / "letters" / "002").read_text() == "C", "the old result is still there"
     failed = inspect_stages(bench.subject, bench.stages, CONFIG)[1]
-    assert (failed.name, failed.why) == ("failed", "No face.")
+    assert (failed.name, failed.why, failed.fix) == ("failed", "No face.", "film again")
+    assert failed.failed_at is not None
     bench.fail = None
     assert bench.run() == ["track", "letter 2", "letter 3"]
     assert bench.states() == ["fresh", "fresh"]
