@@ -47,6 +47,11 @@ class Subject:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    @property
+    def progress(self) -> Path:
+        """How far the stage is that is at work; to be believed only while `running()`."""
+        return self.work / "progress.json"
+
     def stage(self, name: str) -> Path:
         """Folder of a finished stage."""
         return self.root / name
@@ -158,14 +163,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file by temporary file, fsync and rename."""
+def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write a file by temporary file, fsync and rename; `sync=False` for what a power cut may take."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         Path(name).chmod(0o644)
         os.replace(name, path)
     except BaseException:

@@ -1,13 +1,22 @@
-"""Progress with an estimate of the time left, for terminals, plain logs and the orchestrator."""
+"""Progress with an estimate of the time left, for terminals, logs and whoever looks at a run from outside."""
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Protocol, TextIO
+
+from pipeline.dataset import write_atomic
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,11 +55,14 @@ class Task:
 
     def line(self) -> str:
         """`track: 120/216 frames (56 %), 3 s left, note`."""
-        share = f" ({100 * self.done // self.total} %)" if self.total else ""
-        eta = self.eta_seconds()
-        left = f", {eta:.0f} s left" if eta is not None and self.done < self.total else ""
-        note = f", {self.note}" if self.note else ""
-        return f"{self.label}: {self.done}/{self.total} {self.unit}{share}{left}{note}"
+        return progress_line(self.label, self.done, self.total, self.unit, self.eta_seconds(), self.note)
+
+
+def progress_line(label: str, done: int, total: int, unit: str, eta_seconds: float | None, note: str) -> str:
+    """`track: 120/216 frames (56 %), 3 s left, note`."""
+    share = f" ({100 * done // total} %)" if total else ""
+    left = f", {eta_seconds:.0f} s left" if eta_seconds is not None and done < total else ""
+    return f"{label}: {done}/{total} {unit}{share}{left}{f', {note}' if note else ''}"
 
 
 class Reporter(Protocol):
@@ -137,6 +149,105 @@ class RichReporter:
     def message(self, text: str) -> None:
         """Write a line above the bar; the text is never read as markup."""
         self._console.print(text, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a running stage is, as its process wrote it down; to be believed only while the subject is held."""
+
+    stage: str
+    label: str = ""
+    """What is counted now; empty before the stage counts anything."""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    note: str = ""
+    eta_seconds: float | None = None
+    updated: int = 0
+    """Counts the writes of this attempt: an observer sees by it that work goes on, whatever the clocks say."""
+    pid: int = 0
+
+    def line(self) -> str:
+        """As `Task.line`."""
+        if not self.label:
+            return f"{self.stage}: begun"
+        label = self.label if self.label == self.stage else f"{self.stage}, {self.label}"
+        return progress_line(label, self.done, self.total, self.unit, self.eta_seconds, self.note)
+
+
+def read_progress(path: Path) -> Progress | None:
+    """What `RecordingReporter` wrote last; None where there is nothing that can be read."""
+    try:
+        record = json.loads(path.read_bytes())
+        progress = Progress(**record)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    texts = (progress.stage, progress.label, progress.unit, progress.note)
+    counts = (progress.done, progress.total, progress.updated, progress.pid)
+    eta = progress.eta_seconds
+    sound = all(isinstance(text, str) for text in texts) and all(type(count) is int for count in counts)
+    sound &= eta is None or (isinstance(eta, int | float) and math.isfinite(eta))
+    return progress if sound else None
+
+
+class RecordingReporter:
+    """Passes everything on and keeps a file for those outside: the begin of each task, then once a second at most.
+
+    Args:
+        inner: where progress and messages go.
+        path: the file to keep; what is there from an earlier attempt is replaced at once.
+        stage: whose progress it is.
+        every_seconds: between two writes.
+    """
+
+    def __init__(self, inner: Reporter, path: Path, stage: str, every_seconds: float = 1.0) -> None:
+        self._inner, self._path, self._stage, self._every = inner, path, stage, every_seconds
+        self._updated, self._last = 0, 0.0
+        self._write(None)
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        """A counted piece of work."""
+        with self._inner.task(label, total, unit, done) as task:
+            show = task.on_change
+
+            def record(task: Task) -> None:
+                show(task)
+                if time.monotonic() - self._last >= self._every:
+                    self._write(task)
+
+            task.on_change = record
+            self._write(task)
+            yield task
+
+    def message(self, text: str) -> None:
+        """Pass a message on."""
+        self._inner.message(text)
+
+    def close(self) -> None:
+        """Take the file away: the attempt is over."""
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _write(self, task: Task | None) -> None:
+        self._last = time.monotonic()
+        self._updated += 1
+        state = Progress(self._stage, updated=self._updated, pid=os.getpid())
+        if task is not None:
+            eta = task.eta_seconds()
+            state = replace(
+                state,
+                label=task.label,
+                done=int(task.done),  # a stage may count with numpy's integers
+                total=int(task.total),
+                unit=task.unit,
+                note=task.note,
+                eta_seconds=None if eta is None else round(eta, 1),
+            )
+        try:
+            write_atomic(self._path, json.dumps(asdict(state)).encode(), sync=False)
+        except OSError as error:  # a full disk is the stage's to report; its progress is not worth failing for
+            log.debug("progress cannot be written to %s: %s", self._path, error)
 
 
 def default_reporter() -> Reporter:

@@ -131,7 +131,7 @@ def last_config(subject: Subject) -> Config:
         return preset_config("quick")
     try:
         return Config.model_validate(json.loads(record.read_bytes())["config"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"'{record}' cannot be read as this version's settings.", "name a preset: headcast run VIDEO --preset quick"
         ) from None

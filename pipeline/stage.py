@@ -26,7 +26,7 @@ from pipeline import __version__
 from pipeline.config import Config, Section
 from pipeline.dataset import Subject, canonical_json, fsync_tree, sha256_file, write_json
 from pipeline.errors import HeadcastError, Interrupted, StageError, Unavailable
-from pipeline.progress import Reporter, SilentReporter
+from pipeline.progress import RecordingReporter, Reporter, SilentReporter
 
 SCHEMA = 1
 MANIFEST = "stage.json"
@@ -151,7 +151,7 @@ def section_of(stage: Stage, config: Config) -> dict[str, Any]:
 def stage_key(stage: Stage, section: dict[str, Any], inputs: dict[str, str]) -> str:
     """Key of a stage's result: 64 hex digits."""
     parts = {"stage": stage.name, "version": stage.version, "config": section, "inputs": inputs}
-    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(parts).encode(errors="surrogatepass")).hexdigest()
 
 
 def outputs_digest(outputs: list[dict[str, Any]]) -> str:
@@ -164,10 +164,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """A finished stage's manifest, or None where there is none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        complete = manifest["schema"] == SCHEMA and all(
+            isinstance(entry["path"], str) and type(entry["size"]) is int for entry in manifest["outputs"]
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    complete = isinstance(manifest, dict) and manifest.get("schema") == SCHEMA
-    return manifest if complete and isinstance(manifest.get("outputs"), list) else None
+    return manifest if complete and isinstance(manifest["outputs"], list) else None
 
 
 def source_digest(subject: Subject) -> str | None:
@@ -175,7 +177,7 @@ def source_digest(subject: Subject) -> str | None:
     try:
         record = json.loads((subject.source / "source.json").read_bytes())
         return str(record["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -191,7 +193,7 @@ def damaged_output(folder: Path, manifest: dict[str, Any]) -> str | None:
             return f"{entry['path']} is missing"
         if size != entry["size"]:
             return f"{entry['path']} has {size} bytes, not {entry['size']}"
-        if sha256_file(path) != entry["sha256"]:
+        if sha256_file(path) != entry.get("sha256"):
             return f"{entry['path']} was changed"
     return None
 
@@ -259,7 +261,7 @@ def attempt_at(subject: Subject, stage: Stage, key: str | None, running: bool) -
         try:
             record = json.loads((work / FAILURE).read_bytes())
             return Attempt("failed", str(record["what"]), str(record.get("fix", "")), str(record.get("at", "")) or None)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return Attempt("failed", "it failed; its record cannot be read")
     if running:
         return Attempt("running", "at work now")
@@ -329,8 +331,8 @@ def run_stage(
     work.mkdir(parents=True, exist_ok=True)
     (work / FAILURE).unlink(missing_ok=True)
     (work / MANIFEST).unlink(missing_ok=True)
-    reporter = reporter or SilentReporter()
-    run = StageRun(subject, work, config, device, threads, reporter, stop_requested)
+    recorder = RecordingReporter(reporter or SilentReporter(), subject.progress, stage.name)
+    run = StageRun(subject, work, config, device, threads, recorder, stop_requested)
     started, clock = datetime.now(UTC), time.monotonic()
     _reset_peak_memory()
     try:
@@ -348,6 +350,8 @@ def run_stage(
             "this is a defect of headcast; run again with --verbose for the traceback and report it",
         )
         raise _record_failure(work, failure) from error
+    finally:
+        recorder.close()
     try:
         shutil.rmtree(work / SCRATCH, ignore_errors=True)
         outputs = _list_outputs(work)

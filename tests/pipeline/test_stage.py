@@ -16,6 +16,7 @@ import pytest
 from pipeline.config import Config, override, preset_config
 from pipeline.dataset import Dataset, Subject, write_atomic, write_json
 from pipeline.errors import Interrupted, StageError, SubjectBusy, UserError
+from pipeline.progress import read_progress
 from pipeline.stage import (
     Result,
     Stage,
@@ -176,6 +177,27 @@ def test_without_verification_manifests_are_taken_at_their_word(bench: Bench) ->
     assert [state.name for state in other] == ["stale", "stale"]
     (bench.subject.stage("track") / "stage.json").unlink()
     assert inspect_stages(bench.subject, bench.stages, CONFIG, verify=False)[1].name == "missing"
+
+
+def test_progress_is_seen_from_outside_while_a_stage_works(bench: Bench) -> None:
+    seen = []
+
+    def work(run: StageRun) -> Result:
+        with run.reporter.task("count", 3, "letters") as task:
+            task.advance()
+            seen.append(read_progress(bench.subject.progress))
+        if bench.fail is not None:
+            raise bench.fail
+        return Result(Verdict("good", "Done."))
+
+    stage = Stage("decode", 1, (), work)
+    run_stage(bench.subject, stage, (stage,), CONFIG)
+    assert not bench.subject.progress.exists()
+    bench.fail = StageError("No face.")
+    with pytest.raises(StageError):
+        run_stage(bench.subject, stage, (stage,), CONFIG, force=True)
+    assert not bench.subject.progress.exists()
+    assert [told and (told.stage, told.label, told.total) for told in seen] == [("decode", "count", 3)] * 2
 
 
 def test_dataset_can_be_moved(bench: Bench, tmp_path: Path) -> None:
