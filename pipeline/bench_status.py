@@ -1,0 +1,127 @@
+"""How long it takes to tell how many finished subjects stand: `headcast bench status`."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.config import Config
+from pipeline.dataset import Dataset, Subject, canonical_json, write_atomic
+from pipeline.run import RUN_RECORD
+from pipeline.stage import MANIFEST, SCHEMA, Level, Stage, Verdict, outputs_digest, section_of, stage_key
+from pipeline.summary import CACHE, summaries
+
+SERIES = {"decode": ("frames",), "matte": ("alpha", "foreground", "confidence")}
+"""What each stage writes a file a frame of."""
+SINGLES = ("contact.jpg", "figures.json", "result.npz")
+
+
+def bench(stages: Sequence[Stage], subjects: int, frames: int, report: Callable[[str], None]) -> dict[str, Any]:
+    """Time summaries of a made-up dataset, without and with their caches, and the command itself.
+
+    Args:
+        stages: in the order in which they run.
+        subjects: how many are made, all finished.
+        frames: of each; a frame is four outputs in the manifests.
+        report: takes a line before each part.
+    """
+    with tempfile.TemporaryDirectory(prefix="headcast-bench-") as folder:
+        dataset = Dataset(Path(folder))
+        report(f"making {subjects} subjects of {frames} frames")
+        for number in range(subjects):
+            make_finished_subject(dataset.subject(f"subject-{number:06d}"), stages, frames)
+        report("timing")
+        cold = _seconds(lambda: summaries(dataset, stages))
+        warm = min(_seconds(lambda: summaries(dataset, stages)) for _ in range(3))
+        command = [sys.executable, "-m", "pipeline.cli", "status", "--data", folder]
+        status = min(_seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(3))
+        told = summaries(dataset, stages)
+        assert all(summary.standing == "fresh" for summary in told)
+        first = dataset.subjects()[0]
+        return {
+            "schema": 1,
+            "subjects": subjects,
+            "frames": frames,
+            "outputs": sum(frames * len(SERIES.get(stage.name, ())) + len(SINGLES) for stage in stages),
+            "manifest_bytes": sum((first.stage(stage.name) / MANIFEST).stat().st_size for stage in stages),
+            "cache_bytes": (first.work / CACHE).stat().st_size,
+            "seconds": {"cold": round(cold, 3), "warm": round(warm, 3), "status": round(status, 3)},
+        }
+
+
+def table(document: dict[str, Any]) -> str:
+    """The figures of `bench` as text."""
+    seconds = document["seconds"]
+    rows = [
+        f"{document['subjects']} finished subjects of {document['frames']} frames; each {document['outputs']} outputs, "
+        f"{document['manifest_bytes'] / 1e3:.0f} kB of manifests, {document['cache_bytes'] / 1e3:.1f} kB of cache",
+        f"summaries without caches  {seconds['cold']:>7.2f} s",
+        f"summaries with caches     {seconds['warm']:>7.2f} s",
+        f"headcast status           {seconds['status']:>7.2f} s",
+    ]
+    return "\n".join(rows)
+
+
+def make_finished_subject(subject: Subject, stages: Sequence[Stage], frames: int) -> None:
+    """Write the manifests of a subject whose stages are all finished; the outputs they list are not made."""
+    config = Config()
+    digest = hashlib.sha256(subject.name.encode()).hexdigest()
+    for folder in (subject.source, subject.work, *(subject.stage(stage.name) for stage in stages)):
+        folder.mkdir(parents=True, exist_ok=True)
+    _write(subject.source / "source.json", {"schema": 2, "sha256": digest, "clips": []})
+    _write(subject.root / RUN_RECORD, {"schema": 1, "config": config.model_dump(mode="json")})
+    digests: dict[str, str] = {}
+    for number, stage in enumerate(stages):
+        names = [f"{part}/{i:06d}.jpg" for part in SERIES.get(stage.name, ()) for i in range(frames)]
+        outputs = [
+            {
+                "path": name,
+                "size": 40_000 + i,
+                "sha256": hashlib.sha256(f"{digest}{stage.name}{i}".encode()).hexdigest(),
+            }
+            for i, name in enumerate([*names, *SINGLES])
+        ]
+        digests[stage.name] = outputs_digest(outputs)
+        inputs = {name: digests[name] for name in stage.inputs} or {"source": digest}
+        section = section_of(stage, config)
+        level: Level = "fair" if digest[number] in "01" else "good"
+        psnr = 28 + int(digest[:4], 16) / 8192
+        manifest = {
+            "schema": SCHEMA,
+            "stage": stage.name,
+            "key": stage_key(stage, section, {**inputs, **stage.data(config)}),
+            "version": stage.version,
+            "headcast": __version__,
+            "config": section,
+            "preset": config.preset,
+            "inputs": {**inputs, **stage.data(config)},
+            "outputs": outputs,
+            "digest": digests[stage.name],
+            "started": f"2026-01-01T00:{number:02d}:00.000+00:00",
+            "finished": f"2026-01-01T00:{number:02d}:30.000+00:00",
+            "seconds": 30.0,
+            "resumed": False,
+            "peak_memory_mb": 900.0,
+            "machine": {"system": "Linux", "arch": "x86_64", "cores": 2},
+            "verdict": asdict(Verdict(level, f"{stage.name.capitalize()}: {level}. {frames} of {frames} frames.")),
+            "metrics": {"test": {"psnr": psnr}, "baselines": {"nearest_train_frame": {"psnr": psnr - 3}}},
+        }
+        _write(subject.stage(stage.name) / MANIFEST, manifest)
+
+
+def _write(path: Path, value: Any) -> None:
+    write_atomic(path, canonical_json(value).encode(), sync=False)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
