@@ -59,6 +59,12 @@ class SubjectBusy(UserError):
     retryable = True
 
 
+class LeaseLost(HeadcastError):
+    """This run no longer holds its subject: it was stopped for too long, and another run may have taken over."""
+
+    retryable = True
+
+
 class Interrupted(HeadcastError):
     """Ctrl+C or SIGTERM reached a stage, which left a resumable state. Exit code 130, as shells expect."""
 
