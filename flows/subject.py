@@ -61,8 +61,8 @@ def subject_flow(request: RunRequest) -> list[str]:
     subject, config, wanted = prepare(request, STAGES)
     worked = []
     check_input(request, subject)
-    with contextlib.ExitStack() as held:
-        lock = held.enter_context(hold(subject, request.wait_minutes))
+    with contextlib.ExitStack() as holding:
+        held = holding.enter_context(hold(subject, request.wait_minutes))
         check_captures_first(request, subject, reporter)
         open_subject(request, subject, config)
         assets = {name for stage in wanted for name in stage.assets(config)}
@@ -71,11 +71,11 @@ def subject_flow(request: RunRequest) -> list[str]:
         try:
             for route, part in segments(request, wanted):
                 if route is not None:
-                    held.close()  # the run over there takes the lock
+                    holding.close()  # the run over there takes the lock
                     attempt(route, send_to, route, routed(request, subject, part))
-                    lock = held.enter_context(hold(subject, request.wait_minutes))
+                    held = holding.enter_context(hold(subject, request.wait_minutes))
                     continue
-                with stage_worker(request, subject, STAGES, config, lock, reporter) as work:
+                with stage_worker(request, subject, STAGES, config, held, reporter) as work:
                     for stage in part:
                         label = f"[{wanted.index(stage) + 1}/{len(wanted)}] {stage.name}"
                         manifest = attempt(stage.name, bring_up_to_date, work, stage)

@@ -5,21 +5,19 @@ The layout is documented in `docs/dataset.md`. All paths kept in files are relat
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pipeline.errors import SubjectBusy, UserError
+from pipeline.errors import UserError
+from pipeline.lease import TIMES, Held, Times, hold_folder, is_held, lease_store_for
 
 SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 WORK = ".work"
@@ -56,41 +54,22 @@ class Subject:
         """Folder of a finished stage."""
         return self.root / name
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[IO[str]]:
-        """Hold the subject for one run. The lock is the kernel's (`flock`): it ends with its process, whatever happens.
+    def lock(self, store: str | None = None, times: Times = TIMES) -> AbstractContextManager[Held]:
+        """Hold the subject for one run, also against other machines (`pipeline.lease`).
+
+        Args:
+            store: URL of an object store that holds the dataset; the subject is held there too.
+            times: of the lease.
 
         Raises:
-            SubjectBusy: another process holds it.
+            SubjectBusy: another run holds it.
         """
-        self.work.mkdir(parents=True, exist_ok=True)
-        with open(self.work / "lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise SubjectBusy(
-                    f"Subject '{self.name}' is in use by another run (process {holder}).",
-                    "wait for that run to end, or stop it; the lock goes with its process",
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield file
+        remote = lease_store_for(f"{store.rstrip('/')}/{self.name}/{WORK}") if store else None
+        return hold_folder(self.work, f"Subject '{self.name}'", remote, times)
 
     def running(self) -> bool:
-        """Whether another process holds the subject's lock now."""
-        try:
-            with open(self.work / "lock") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-        return False
+        """Whether a run holds the subject now, as far as one look tells."""
+        return is_held(self.work)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ lines; the child ends when its input does, so it never outlives the run, and it 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -27,6 +28,7 @@ from pipeline import errors
 from pipeline.config import Config
 from pipeline.dataset import Subject
 from pipeline.errors import HeadcastError, Interrupted, StageDied, StageError, StageTimeout
+from pipeline.lease import Held, check_ticket
 from pipeline.progress import Reporter, Task
 from pipeline.stage import Stage, note_failure, run_stage
 
@@ -43,11 +45,11 @@ class StageProcess:
         subject: whose stages; the caller holds its lock.
         stages: in order, as the child knows them too.
         limit_seconds: a stage that works longer is ended.
-        lock: file descriptor of the subject's lock, which the child keeps open.
+        held: the subject as it is held; the child keeps its lock open.
     """
 
-    def __init__(self, subject: Subject, stages: Sequence[Stage], limit_seconds: float, lock: int | None) -> None:
-        self._subject, self._stages, self._limit, self._lock = subject, stages, limit_seconds, lock
+    def __init__(self, subject: Subject, stages: Sequence[Stage], limit_seconds: float, held: Held) -> None:
+        self._subject, self._stages, self._limit, self._held = subject, stages, limit_seconds, held
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: _Lines | None = None
 
@@ -83,6 +85,7 @@ class StageProcess:
             "force": force,
             "device": device,
             "threads": threads,
+            "ticket": self._held.ticket,
         }
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died meanwhile, which the answer tells
@@ -137,12 +140,11 @@ class StageProcess:
     def _started(self) -> tuple[subprocess.Popen[bytes], _Lines]:
         if self._process is None or self._answers is None:
             read, write = os.pipe()
-            keep = (write,) if self._lock is None else (write, self._lock)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "stages", str(write)],
                 stdin=subprocess.PIPE,
                 stdout=2,  # what libraries print is not an answer
-                pass_fds=keep,
+                pass_fds=(write, self._held.fileno()),
                 start_new_session=True,  # Ctrl+C is for the run, which passes it on
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
@@ -206,9 +208,11 @@ def serve(stages: Sequence[Stage], answers: int) -> None:
     reporter = _PipeReporter(answers)
     while True:
         request = requests.get()
+        subject = Subject(Path(request["folder"]))
+        still_held = functools.partial(check_ticket, subject.work, request["ticket"], f"Subject '{subject.name}'")
         try:
             manifest = run_stage(
-                Subject(Path(request["folder"])),
+                subject,
                 next(stage for stage in stages if stage.name == request["stage"]),
                 stages,
                 Config.model_validate(request["config"]),
@@ -217,6 +221,7 @@ def serve(stages: Sequence[Stage], answers: int) -> None:
                 threads=request["threads"],
                 reporter=reporter,
                 stop_requested=stopped.is_set,
+                still_held=still_held,
             )
         except HeadcastError as error:
             kind = type(error).__name__ if hasattr(errors, type(error).__name__) else StageError.__name__

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import Config, Preset, configure, override, preset_config
 from pipeline.dataset import Dataset, Subject, sha256_file, subject_name_for, write_json
 from pipeline.errors import StageError, SubjectBusy, UserError
+from pipeline.lease import Held, remove_traces
 from pipeline.progress import Reporter
 from pipeline.source import (
     alphas_digest,
@@ -193,8 +194,8 @@ def open_subject(request: RunRequest, subject: Subject, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def hold(subject: Subject, wait_minutes: float = 0.0) -> Iterator[IO[str]]:
-    """Make the subject's folder if need be and hold its lock; gives the lock's file.
+def hold(subject: Subject, wait_minutes: float = 0.0, store: str | None = None) -> Iterator[Held]:
+    """Make the subject's folder if need be and hold it, in the dataset and in its object store if it has one.
 
     Raises:
         UserError: the data folder cannot be written; another run holds the subject.
@@ -202,7 +203,12 @@ def hold(subject: Subject, wait_minutes: float = 0.0) -> Iterator[IO[str]]:
     new = not subject.root.exists()
     try:
         with contextlib.ExitStack() as stack:
-            yield _locked(subject, wait_minutes, stack)
+            held = _locked(subject, wait_minutes, store, stack)
+            try:
+                yield held
+            finally:
+                if new:
+                    _remove_if_empty(subject)
     except PermissionError as error:
         raise UserError(
             f"The data folder cannot be written: '{error.filename}'.", "make it writable or choose another with --data"
@@ -212,17 +218,14 @@ def hold(subject: Subject, wait_minutes: float = 0.0) -> Iterator[IO[str]]:
             f"Subject '{subject.name}': {error.strerror or error} ('{error.filename}').",
             "look at the path (space, permissions, kind) and run the same command again",
         ) from None
-    finally:
-        if new:
-            _remove_if_empty(subject)
 
 
-def _locked(subject: Subject, wait_minutes: float, stack: contextlib.ExitStack) -> IO[str]:
+def _locked(subject: Subject, wait_minutes: float, store: str | None, stack: contextlib.ExitStack) -> Held:
     """Take the lock, waiting for another run to let go of it."""
     end = time.monotonic() + 60 * wait_minutes
     while True:
         try:
-            return stack.enter_context(subject.lock())
+            return stack.enter_context(subject.lock(store))
         except SubjectBusy:
             if time.monotonic() >= end:
                 raise
@@ -230,10 +233,10 @@ def _locked(subject: Subject, wait_minutes: float, stack: contextlib.ExitStack) 
 
 
 def _remove_if_empty(subject: Subject) -> None:
-    """Leave no empty folder behind for a subject whose source was refused."""
+    """Leave no empty folder behind for a subject whose source was refused. The caller holds the lock."""
     if not (subject.source / "source.json").exists():
         with contextlib.suppress(OSError):
-            (subject.work / "lock").unlink(missing_ok=True)
+            remove_traces(subject.work)
             for folder in (subject.work, subject.source, subject.root):
                 if folder.is_dir():
                     folder.rmdir()
@@ -302,13 +305,14 @@ def check_captures_first(request: RunRequest, subject: Subject, reporter: Report
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals(lost: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl+C or SIGTERM into a request that stages obey between two steps; a second one interrupts.
 
-    Only the main thread can catch signals; other threads hear what it has caught.
+    A subject that is `lost` to another run asks for a stop as well. Only the main thread can catch signals; other
+    threads hear what it has caught.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield _stop_asked.is_set
+        yield lambda: _stop_asked.is_set() or lost()
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -318,7 +322,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield _stop_asked.is_set
+        yield lambda: _stop_asked.is_set() or lost()
     finally:
         _stop_asked.clear()
         for number, handler in previous.items():
@@ -334,26 +338,26 @@ def stage_worker(
     subject: Subject,
     stages: Sequence[Stage],
     config: Config,
-    lock: IO[str],
+    held: Held,
     reporter: Reporter,
 ) -> Iterator[Worker]:
     """Give the function that brings one stage up to date: its manifest, or None when it was fresh already.
 
-    The caller holds the subject's lock, whose file is `lock`. With a time limit the stages work in one child process.
+    The caller holds the subject. With a time limit the stages work in one child process.
     """
     with contextlib.ExitStack() as stack:
         child = None
         if request.stage_minutes is not None:
             from pipeline.isolation import StageProcess
 
-            child = stack.enter_context(StageProcess(subject, stages, 60 * request.stage_minutes, lock.fileno()))
+            child = stack.enter_context(StageProcess(subject, stages, 60 * request.stage_minutes, held))
 
         def bring_up_to_date(stage: Stage) -> dict[str, Any] | None:
             until = list(stages).index(stage) + 1
             force = request.first == stage.name
             if not force and inspect_stages(subject, stages[:until], config)[-1].name == "fresh":
                 return None
-            with stop_signals() as stop_requested:
+            with stop_signals(held.lost) as stop_requested:
                 how: dict[str, Any] = {
                     "force": force,
                     "device": request.device,
@@ -363,7 +367,7 @@ def stage_worker(
                 }
                 if child is not None:
                     return child.run(stage, config, **how)
-                return run_stage(subject, stage, stages, config, **how)
+                return run_stage(subject, stage, stages, config, still_held=held.check, **how)
 
         yield bring_up_to_date
 

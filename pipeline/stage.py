@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from pipeline import __version__
 from pipeline.config import Config, Section
 from pipeline.dataset import Subject, canonical_json, fsync_tree, sha256_file, write_json
-from pipeline.errors import HeadcastError, Interrupted, StageError, Unavailable
+from pipeline.errors import HeadcastError, Interrupted, LeaseLost, StageError, Unavailable
 from pipeline.progress import RecordingReporter, Reporter, SilentReporter
 
 SCHEMA = 1
@@ -295,15 +295,18 @@ def run_stage(
     threads: int = 2,
     reporter: Reporter | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    still_held: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Bring one stage up to date and return its manifest. The caller holds the subject's lock.
 
     A fresh stage is left alone unless `force` is set; a half-done one is resumed; a work folder that was finished but
-    not published by a process that died is published.
+    not published by a process that died is published. `still_held` raises LeaseLost where the subject may be another
+    run's by now; nothing is published or recorded then.
 
     Raises:
         StageError: an input stage is not fresh, or the stage cannot do its work.
         Interrupted: a stop was asked for; the work folder stays.
+        LeaseLost: another run may have taken the subject over; the work folder stays.
     """
     before = stages[: [s.name for s in stages].index(stage.name) + 1]
     *inputs, state = inspect_stages(subject, before, config)
@@ -325,6 +328,7 @@ def run_stage(
         and finished.get("key") == state.key
         and damaged_output(work, finished) is None
     ):
+        still_held()
         publish(subject, stage, work)
         return finished
     resumed = work.is_dir()
@@ -336,8 +340,12 @@ def run_stage(
     started, clock = datetime.now(UTC), time.monotonic()
     _reset_peak_memory()
     try:
-        result = stage.run(run)
-    except (Interrupted, KeyboardInterrupt):
+        try:
+            result = stage.run(run)
+        except BaseException:
+            still_held()  # when it is not, that is the reason which counts
+            raise
+    except (Interrupted, LeaseLost, KeyboardInterrupt):
         raise
     except OSError as error:
         raise _record_failure(work, _storage_error(stage, subject, error)) from error
@@ -378,6 +386,7 @@ def run_stage(
         }
         fsync_tree(work)
         write_json(work / MANIFEST, manifest)
+        still_held()
         publish(subject, stage, work)
     except OSError as error:
         raise _record_failure(work, _storage_error(stage, subject, error)) from error

@@ -41,7 +41,7 @@ def behave(monkeypatch: pytest.MonkeyPatch, **behaviour: Any) -> None:
 
 @pytest.fixture
 def child(subject: Subject) -> Iterator[StageProcess]:
-    with subject.lock() as lock, StageProcess(subject, noop.STAGES, 60, lock.fileno()) as child:
+    with subject.lock() as held, StageProcess(subject, noop.STAGES, 60, held) as child:
         yield child
 
 
@@ -96,7 +96,7 @@ def test_error_comes_through_in_words(subject: Subject, child: StageProcess, mon
 
 def test_limit_ends_a_stage_that_hears_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     behave(monkeypatch, hang={"anna": "decode"})
-    with subject.lock() as lock, StageProcess(subject, noop.STAGES, 6, lock.fileno()) as child:
+    with subject.lock() as held, StageProcess(subject, noop.STAGES, 6, held) as child:
         before = descendants()
         with pytest.raises(StageTimeout, match=r"'decode' of 'anna' was still at work after 0\.1 minutes"):
             work(child)
@@ -142,7 +142,7 @@ from pipeline.isolation import StageProcess
 from pipeline.progress import SilentReporter
 from stages import STAGES
 subject = Subject(Path(sys.argv[1]))
-with subject.lock() as lock, StageProcess(subject, STAGES, 600, lock.fileno()) as child:
+with subject.lock() as held, StageProcess(subject, STAGES, 600, held) as child:
     child.run(STAGES[0], Config(), force=False, device="cpu", threads=1, reporter=SilentReporter())
 """
 
