@@ -21,7 +21,7 @@ from pipeline.summary import CACHE, summaries
 
 SERIES = {"decode": ("frames",), "matte": ("alpha", "foreground", "confidence")}
 """What each stage writes a file a frame of."""
-SINGLES = ("contact.jpg", "figures.json", "result.npz")
+SINGLES = ("neutral.jpg", "figures.json", "result.npz")
 
 
 def bench(stages: Sequence[Stage], subjects: int, frames: int, report: Callable[[str], None]) -> dict[str, Any]:

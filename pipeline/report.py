@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pipeline import __version__
@@ -21,6 +21,9 @@ from pipeline.advice import Advice, advise
 from pipeline.config import Config, differences
 from pipeline.dataset import Subject, write_atomic
 from pipeline.stage import Stage, State, inspect_stages
+
+if TYPE_CHECKING:
+    import jinja2
 
 TEMPLATES = Path(__file__).parent / "templates"
 METRICS_SCHEMA = 1
@@ -77,6 +80,13 @@ def build_report(subject: Subject, stages: Sequence[Stage], config: Config) -> P
         stages: in order; those that are not done are shown as such.
         config: the settings that the report is about.
     """
+    page = page_environment().get_template("report.html").render(**_contents(subject, stages, config))
+    write_atomic(subject.report, page.encode())
+    return subject.report
+
+
+def page_environment() -> jinja2.Environment:
+    """Templates in which whatever is filled in is escaped, with filters for figures."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -87,9 +97,7 @@ def build_report(subject: Subject, stages: Sequence[Stage], config: Config) -> P
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": bytes_text, "seconds": seconds_text, "figure": figure_text, "lead": lead_text}
-    page = environment.get_template("report.html").render(**_contents(subject, stages, config))
-    write_atomic(subject.report, page.encode())
-    return subject.report
+    return environment
 
 
 def bytes_text(size: float) -> str:

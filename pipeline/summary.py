@@ -150,27 +150,40 @@ def _adapter() -> Any:
     return TypeAdapter(Summary)
 
 
-def summarize(subject: Subject, stages: Sequence[Stage]) -> Summary:
-    """How a subject stands by its manifests; no output is read.
+def summarize(subject: Subject, stages: Sequence[Stage], *, verify: bool = False) -> Summary:
+    """How a subject stands by its manifests.
 
     Args:
         subject: one that exists.
         stages: in the order in which they run.
+        verify: read and hash every output, too; otherwise none is looked at.
     """
-    return _Summarizer(stages).summarize(subject)
+    return _Summarizer(stages, verify).summarize(subject)
 
 
-def summaries(dataset: Dataset, stages: Sequence[Stage]) -> list[Summary]:
+def summaries(dataset: Dataset, stages: Sequence[Stage], *, verify: bool = False) -> list[Summary]:
     """How every subject of a dataset stands, by name."""
-    summarizer = _Summarizer(stages)
+    summarizer = _Summarizer(stages, verify)
     return [summarizer.summarize(subject) for subject in dataset.subjects()]
 
 
+def age_text(when: datetime | None, now: datetime) -> str:
+    """`just now`, `5 min`, `3 h`, `12 days`; empty where there is no time."""
+    if when is None:
+        return ""
+    minutes = (now - when).total_seconds() // 60
+    if minutes < 1:
+        return "just now"
+    hours = minutes // 60
+    return f"{minutes:.0f} min" if minutes < 60 else f"{hours:.0f} h" if hours < 48 else f"{hours // 24:.0f} days"
+
+
 def mending_command(summary: Summary, data: Path) -> str | None:
-    """What to type to bring the subject up to date; None where nothing is to be done or a run is at it."""
+    """What to type to bring the subject up to date; None where nothing is to be done, or a run is at it, or more is
+    needed (`Summary.fix`)."""
     import shlex
 
-    if summary.standing in ("fresh", "running"):
+    if summary.standing in ("fresh", "running", "unreadable"):
         return None
     where = [] if data == Path("data") else ["--data", str(data)]
     return shlex.join(["headcast", "rerun", summary.subject, *where])
@@ -179,8 +192,8 @@ def mending_command(summary: Summary, data: Path) -> str | None:
 class _Summarizer:
     """Summarises subjects; what depends on the settings alone is worked out once for all that share them."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        self._stages = stages
+    def __init__(self, stages: Sequence[Stage], verify: bool) -> None:
+        self._stages, self._verify = stages, verify
         self._recipes: dict[Config, str] = {}
 
     def summarize(self, subject: Subject) -> Summary:
@@ -188,7 +201,10 @@ class _Summarizer:
             config = last_config(subject)
         except UserError as error:
             return self._at_present(subject, Summary(subject.name, "unreadable", error.what, error.fix))
-        summary = self._cached(subject, config) or self._remember(subject, config)
+        if self._verify:
+            summary = _digest(subject, self._stages, config, verify=True)
+        else:
+            summary = self._cached(subject, config) or self._remember(subject, config)
         return self._at_present(subject, summary)
 
     def _cached(self, subject: Subject, config: Config) -> Summary | None:
@@ -205,7 +221,7 @@ class _Summarizer:
         """Make the summary, and keep it where that can be done and is safe."""
         began = _file_system_time(subject.work)
         stamps = _stamps(subject, self._stages)
-        summary = _digest(subject, self._stages, config)
+        summary = _digest(subject, self._stages, config, verify=False)
         # A file changed in this very tick of the file system's clock could change once more under the same stamp.
         if began is not None and all(stamp is None or max(stamp[:2]) < began for stamp in stamps):
             plain = summary.to_json()
@@ -268,9 +284,9 @@ def _file_system_time(folder: Path) -> int | None:
         return None
 
 
-def _digest(subject: Subject, stages: Sequence[Stage], config: Config) -> Summary:
+def _digest(subject: Subject, stages: Sequence[Stage], config: Config, *, verify: bool) -> Summary:
     """What the manifests say of a subject. They come from outside: what does not fit is left out."""
-    states = published_states(subject, stages, config, verify=False)
+    states = published_states(subject, stages, config, verify=verify)
     manifests = {state.stage: state.manifest or {} for state in states}
     metrics, trained = _part(manifests.get("evaluate"), "metrics"), manifests.get("train") or {}
     baselines = _part(metrics, "baselines")

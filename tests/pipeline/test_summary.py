@@ -95,7 +95,7 @@ def test_a_finished_subject(subject: Subject) -> None:
     assert (told.avatar, told.preset) == ("rigged", "quick")
     assert [stage.bytes for stage in told.stages] == [sum(o["size"] for o in m["outputs"]) for m in manifests.values()]
     assert told.bytes == sum(stage.bytes for stage in told.stages)
-    assert told.thumbnail == "decode/contact.jpg"
+    assert told.thumbnail == "export/neutral.jpg"
     assert told.report is None
     assert told.seconds == 30 * len(STAGES)
     assert str(told.first_finished) == "2026-01-01 00:00:30+00:00"
