@@ -17,13 +17,14 @@ from pipeline.cli.bench import Bench
 from pipeline.cli.common import Common
 from pipeline.cli.doctor import Doctor
 from pipeline.cli.run import Demo, Rerun, Run
-from pipeline.cli.status import Status
+from pipeline.cli.status import Page, Status
 from pipeline.errors import HeadcastError, Interrupted, UserError
 from pipeline.threads import one_blas_thread
 
 COMMANDS: dict[str, Callable[..., Common]] = {
     "run": Run,
     "status": Status,
+    "page": Page,
     "rerun": Rerun,
     "doctor": Doctor,
     "assets": Assets,
