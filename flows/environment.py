@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+from pipeline.logs import json_wanted, set_up_logging
+
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -32,6 +34,8 @@ def quiet_prefect() -> None:
     Without a server of the user's own, Prefect's home is headcast's, so that an embedded server never migrates the
     database of another installation.
     """
+    if json_wanted():  # a worker's process has not passed the command line
+        set_up_logging()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ[_MARK] = str(os.getpid())

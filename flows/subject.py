@@ -57,8 +57,8 @@ def subject_flow(request: RunRequest) -> list[str]:
     Raises:
         HeadcastError: the request is at fault, or a stage failed; the report is written all the same.
     """
-    reporter = default_reporter()
     subject, config, wanted = prepare(request, STAGES)
+    reporter = default_reporter(subject.name)
     worked = []
     check_input(request, subject)
     with contextlib.ExitStack() as holding:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from pipeline.dataset import write_atomic
+from pipeline.logs import json_line, json_wanted
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,47 @@ class PlainReporter:
     def message(self, text: str) -> None:
         """Write a line."""
         self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+class JsonReporter:
+    """A JSON object a line (`pipeline.logs`): messages, and progress every `every_seconds`.
+
+    Args:
+        stream: where to write; standard error by default.
+        every_seconds: between two lines of progress.
+        subject: whose work it is, named in every line.
+    """
+
+    def __init__(self, stream: TextIO | None = None, every_seconds: float = 5.0, subject: str | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._every, self._subject = every_seconds, subject
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        """A counted piece of work."""
+        last = time.monotonic()
+
+        def show(task: Task) -> None:
+            nonlocal last
+            if time.monotonic() - last >= self._every:
+                last = time.monotonic()
+                self._progress(task, "progress", eta_seconds=task.eta_seconds())
+
+        task = Task(label, total, unit, done, first=done, on_change=show)
+        yield task
+        self._progress(task, "task-end", seconds=round(time.monotonic() - task.started, 3))
+
+    def message(self, text: str) -> None:
+        """Write a message."""
+        self._write("message", text)
+
+    def _progress(self, task: Task, event: str, **fields: float | None) -> None:
+        counted = {"task": task.label, "done": int(task.done), "total": int(task.total), "unit": task.unit}
+        self._write(event, task.line(), **counted, **fields)
+
+    def _write(self, event: str, text: str, **fields: Any) -> None:
+        self._stream.write(json_line("info", event, text, subject=self._subject, **fields))
         self._stream.flush()
 
 
@@ -250,6 +292,15 @@ class RecordingReporter:
             log.debug("progress cannot be written to %s: %s", self._path, error)
 
 
-def default_reporter() -> Reporter:
-    """Bars where standard error is a terminal, lines elsewhere."""
+def default_reporter(subject: str | None = None) -> Reporter:
+    """JSON lines where HEADCAST_LOG=json asks for them, bars where standard error is a terminal, else lines.
+
+    Args:
+        subject: whose work it is, for lines that name it.
+
+    Raises:
+        UserError: HEADCAST_LOG asks for what there is not.
+    """
+    if json_wanted():
+        return JsonReporter(subject=subject)
     return RichReporter() if sys.stderr.isatty() else PlainReporter()

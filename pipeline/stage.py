@@ -26,6 +26,7 @@ from pipeline import __version__
 from pipeline.config import Config, Section
 from pipeline.dataset import Subject, canonical_json, fsync_tree, sha256_file, write_json
 from pipeline.errors import HeadcastError, Interrupted, LeaseLost, StageError, Unavailable
+from pipeline.logs import event
 from pipeline.progress import RecordingReporter, Reporter, SilentReporter
 
 SCHEMA = 1
@@ -337,6 +338,8 @@ def run_stage(
     (work / MANIFEST).unlink(missing_ok=True)
     recorder = RecordingReporter(reporter or SilentReporter(), subject.progress, stage.name)
     run = StageRun(subject, work, config, device, threads, recorder, stop_requested)
+    named = {"subject": subject.name, "stage": stage.name}
+    log.info("%s of %s begins", stage.name, subject.name, extra=event("stage-begin", **named, resumed=resumed))
     started, clock = datetime.now(UTC), time.monotonic()
     _reset_peak_memory()
     try:
@@ -390,6 +393,8 @@ def run_stage(
         publish(subject, stage, work)
     except OSError as error:
         raise _record_failure(work, _storage_error(stage, subject, error)) from error
+    told = {**named, "seconds": manifest["seconds"], "verdict": result.verdict.level}
+    log.info("%s", result.verdict.text, extra=event("stage-end", **told))
     return manifest
 
 
@@ -435,6 +440,8 @@ def _list_outputs(work: Path) -> list[dict[str, Any]]:
 
 def _record_failure(work: Path, error: HeadcastError) -> HeadcastError:
     """Leave the reason beside the unfinished work for `status`; a full disk must not hide the error itself."""
+    named = {"subject": work.parent.parent.name, "stage": work.name.rpartition("-")[0]}
+    log.info("%s", error.what, extra=event("stage-failed", level="error", **named, fix=error.fix))
     try:
         record = {"what": error.what, "fix": error.fix, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(work / FAILURE, record)

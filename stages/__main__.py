@@ -9,6 +9,8 @@ from pipeline.threads import one_blas_thread
 if __name__ == "__main__":
     one_blas_thread()
     from pipeline.isolation import serve
+    from pipeline.logs import set_up_logging
     from stages import STAGES
 
+    set_up_logging()
     serve(STAGES, int(sys.argv[1]))

@@ -19,6 +19,7 @@ from pipeline.cli.doctor import Doctor
 from pipeline.cli.run import Demo, Rerun, Run
 from pipeline.cli.status import Page, Status
 from pipeline.errors import HeadcastError, Interrupted, UserError
+from pipeline.logs import VARIABLE, json_line, set_up_logging
 from pipeline.threads import one_blas_thread
 
 COMMANDS: dict[str, Callable[..., Common]] = {
@@ -52,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def execute(command: Common) -> int:
     """Run a parsed command and return its exit code."""
-    _set_up_logging(command.verbose)
     with _stdout_kept_clean(command.json) as answer:
         try:
+            set_up_logging(command.verbose)
             document, text, code = command.answer()
         except (HeadcastError, KeyboardInterrupt) as error:
             return _report_error(command, error, answer)
@@ -75,15 +76,6 @@ def _refused_option(error: ValueError) -> UserError | None:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
     return UserError(f"'{first['input']}' cannot be the {name}: {first['msg']}.", "see headcast COMMAND --help")
-
-
-def _set_up_logging(verbose: bool) -> None:
-    """Warnings on standard error; the orchestrator's own lines only when asked for."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    if not verbose:
-        handler.addFilter(lambda record: record.name.partition(".")[0] in ("pipeline", "stages", "flows"))
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 @contextlib.contextmanager
@@ -113,10 +105,14 @@ def _report_error(command: Common, error: BaseException, answer: Callable[[str],
         logging.getLogger(__name__).debug("traceback", exc_info=error)
     stopped = isinstance(error, Interrupted | KeyboardInterrupt)
     failure = error if isinstance(error, HeadcastError) else Interrupted("Stopped. What is finished is kept.")
-    sys.stderr.write(f"{'' if stopped else 'error: '}{failure}\n")
     resume = command.resume_command() if stopped else None
-    if resume:
-        sys.stderr.write(f"To go on: {resume}\n")
+    if os.environ.get(VARIABLE) == "json":
+        kind = ("info", "stopped") if stopped else ("error", "error")
+        sys.stderr.write(json_line(*kind, failure.what, fix=failure.fix or None, resume=resume))
+    else:
+        sys.stderr.write(f"{'' if stopped else 'error: '}{failure}\n")
+        if resume:
+            sys.stderr.write(f"To go on: {resume}\n")
     if command.json:
         error_data = {"what": failure.what, "fix": failure.fix, "resume": resume}
         answer(json.dumps({"schema": 1, "error": error_data}, indent=2, ensure_ascii=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -140,6 +139,7 @@ def _rerun_command(subject: str, data: Path) -> str:
 
 def carry_out(request: Any) -> Answer:
     """Bring a subject up to date; Prefect starts only when there is something to do."""
+    from pipeline.progress import default_reporter
     from pipeline.run import account, check_writable, nothing_to_do, prepare
     from pipeline.stage import inspect_stages
     from stages import STAGES
@@ -162,6 +162,6 @@ def carry_out(request: Any) -> Answer:
             ) from error
         states = inspect_stages(subject, wanted, config)
     else:
-        sys.stderr.write(f"{subject.name}: everything is fresh, nothing to do.\n")
+        default_reporter(subject.name).message(f"{subject.name}: everything is fresh, nothing to do.")
     document = account(subject, states, worked)
     return document, str(subject.report), 0
