@@ -470,7 +470,7 @@ class TorsoPredictor(NamedTuple):
     def fit(Ts_cam_head: Floats, torso: Torso) -> TorsoPredictor:
         """Ridge regression over T frames, weighted by confidence."""
         trust = torso.confidence / max(float(torso.confidence.sum()), 1e-9)
-        head, body = (_mean_pose(poses, trust) for poses in (Ts_cam_head, torso.poses))
+        head, body = (mean_pose(poses, trust) for poses in (Ts_cam_head, torso.poses))
         shape = trust @ torso.shape
         inputs = _departures(Ts_cam_head, head)
         outputs = np.concatenate([_departures(torso.poses, body), torso.shape - shape], 1)
@@ -484,7 +484,8 @@ class TorsoPredictor(NamedTuple):
         return make_rigid(rotations, moved[:, 3:6] + self.T_cam_torso[:3, 3]), moved[:, 6:] + self.shape
 
 
-def _mean_pose(poses: Floats, weights: Floats) -> Floats:
+def mean_pose(poses: Floats, weights: Floats) -> Floats:
+    """The weighted mean [4,4] of poses [T,4,4]; weights [T] add up to 1."""
     mean = np.tensordot(weights, poses, 1)
     U, _, Vt = np.linalg.svd(mean[:3, :3])
     return make_rigid(U @ np.diag([1, 1, np.linalg.det(U @ Vt)]) @ Vt, mean[:3, 3])
