@@ -28,6 +28,9 @@ _ALPHA_SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 IMAGE_FOLDER_FPS = Fraction(25)
 """Images carry no time; they are taken to follow each other at this rate."""
 
+SOUND_RATE, SOUND_BIT_RATE = 48_000, 160_000
+"""Samples a second of all sound that is read and written, and bits a second of what is written."""
+
 SAMPLE_BUDGET = 500_000_000
 """Pixels that sampling may decode: 240 frames of 1920x1080, one to two seconds on two cores."""
 
@@ -227,9 +230,9 @@ def probe(path: Path) -> VideoInfo:
         return VideoInfo(
             "images", suffix, width, height, str(IMAGE_FOLDER_FPS), len(files), seconds, "upright", "sRGB", ()
         )
-    with _open(path) as container:
+    with open_container(path) as container:
         stream = container.streams.video[0]
-        frame = _first_frame(container, path)
+        frame = first_frame(container, path)
         turn = _display_turn(frame)
         shown = _VideoFrame(0, 0.0, frame, turn, _pixel_aspect(stream, frame))
         space, full = _colourspace(frame, frame.width, frame.height), _is_full_range(frame)
@@ -279,7 +282,7 @@ def read_frames(
         return
     import av
 
-    with _open(path) as container:
+    with open_container(path) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
         step = float(1 / (stream.average_rate or stream.guessed_rate or IMAGE_FOLDER_FPS))
@@ -353,7 +356,7 @@ def sample_frames(path: Path, count: int, *, threads: int = 2) -> Iterator[Frame
         for index in np.unique(np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)):
             yield _ImageFrame(int(index), *_read_image(files[index]))
         return
-    with _open(path) as container:
+    with open_container(path) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
         rate = float(stream.average_rate or stream.guessed_rate or IMAGE_FOLDER_FPS)
@@ -568,7 +571,7 @@ def _with_alpha(data: bytes) -> NDArray[np.uint8] | None:
         return None
 
 
-def _open(path: Path) -> Any:
+def open_container(path: Path) -> Any:
     """An opened container with a video stream. Only plain files: a playlist cannot make it open a connection."""
     import av
 
@@ -593,7 +596,12 @@ def _open(path: Path) -> Any:
     return container
 
 
-def _first_frame(container: Any, path: Path) -> Any:
+def first_frame(container: Any, path: Path) -> Any:
+    """The first picture of an opened container.
+
+    Raises:
+        UserError: none can be decoded.
+    """
     import av
 
     try:
@@ -654,7 +662,13 @@ def _is_full_range(frame: Any) -> bool:
 
 
 def write_video(
-    path: Path, frames: Iterable[NDArray[np.uint8]], fps: Fraction | float, *, crf: int = 20, threads: int = 2
+    path: Path,
+    frames: Iterable[NDArray[np.uint8]],
+    fps: Fraction | float,
+    *,
+    sound: Iterable[NDArray[np.int16]] | None = None,
+    crf: int = 20,
+    threads: int = 2,
 ) -> None:
     """Write an H.264 file that every browser plays: 4:2:0, BT.709, index at the front. Equal frames give equal bytes.
 
@@ -662,6 +676,8 @@ def write_video(
         path: the file, replaced at the end in one step.
         frames: sRGB images [H, W, 3] of one size; an odd side is extended by repeating its last row or column.
         fps: frames a second; a float is taken for the nearest simple fraction (29.97 is 30000/1001).
+        sound: pieces [n, 2] of stereo at `SOUND_RATE` (`pipeline.sound`), written as AAC; the first sample belongs to
+            the start of the first frame.
         crf: x264's quality, 0 lossless to 51.
         threads: the encoder's; part of what decides the bytes, hence not the machine's count.
 
@@ -688,6 +704,7 @@ def write_video(
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = 1
             context.color_range = 1
+            track = None if sound is None else _SoundTrack(file, sound)
             for index, image in enumerate(itertools.chain([first], stream_of_frames)):
                 if image.shape != (height, width, 3) or image.dtype != np.uint8:
                     raise ValueError(f"frame {index} is {image.dtype} {image.shape}, not uint8 ({height}, {width}, 3)")
@@ -698,12 +715,48 @@ def write_video(
                 )
                 frame.pts = index
                 file.mux(stream.encode(frame))
+                if track is not None:
+                    track.write_until(float((index + 1) / rate))
             file.mux(stream.encode(None))
+            if track is not None:
+                track.finish()
         Path(temporary).chmod(0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+class _SoundTrack:
+    """The AAC stream of a file at work, written in step with its pictures so that both lie side by side."""
+
+    def __init__(self, file: Any, pieces: Iterable[NDArray[np.int16]]) -> None:
+        self._file, self._pieces, self._samples = file, iter(pieces), 0
+        self._stream = file.add_stream("aac", rate=SOUND_RATE)
+        self._stream.layout, self._stream.bit_rate = "stereo", SOUND_BIT_RATE
+
+    def write_until(self, seconds: float) -> None:
+        """Write the pieces that begin before this time."""
+        while self._samples < seconds * SOUND_RATE and self._write_piece():
+            pass
+
+    def finish(self) -> None:
+        """Write what is left."""
+        while self._write_piece():
+            pass
+        self._file.mux(self._stream.encode(None))
+
+    def _write_piece(self) -> bool:
+        import av
+
+        piece = next(self._pieces, None)
+        if piece is None:
+            return False
+        frame = av.AudioFrame.from_ndarray(piece.reshape(1, -1), format="s16", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = SOUND_RATE, self._samples, Fraction(1, SOUND_RATE)
+        self._samples += len(piece)
+        self._file.mux(self._stream.encode(frame))
+        return True
 
 
 def simple_rate(fps: Fraction | float) -> Fraction:
