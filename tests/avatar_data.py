@@ -65,8 +65,9 @@ def write_subject(root: Path, frames: int = 24) -> Subject:
         cv2.imwrite(str(root / f"matte/foreground/{i:06d}.jpg"), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
         cv2.imwrite(str(root / f"matte/alpha/{i:06d}.png"), (alpha * 255).round().astype(np.uint8))
         cv2.imwrite(str(root / f"matte/confidence/{i:06d}.png"), np.full(alpha.shape, 255, np.uint8))
-        entries.append({"index": i, "file": f"frames/{i:06d}.jpg", "time": i / 25, "source_frame": i})
-    listing = {"schema": 1, "width": SIZE, "height": SIZE, "count": frames, "frames": entries}
+        entry = {"index": i, "file": f"frames/{i:06d}.jpg", "time": i / 25, "source_frame": i, "sharpness": 100.0}
+        entries.append(entry)
+    listing = {"schema": 1, "width": SIZE, "height": SIZE, "fps": "25/1", "count": frames, "frames": entries}
     (root / "decode/frames.json").write_text(json.dumps(listing))
     np.savez(
         root / "fit/fit.npz",

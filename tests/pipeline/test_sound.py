@@ -9,11 +9,11 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tones import LOUD, onset, write_tone
 
 from pipeline.errors import UserError
 from pipeline.sound import has_sound, read_sound
 from pipeline.video import SOUND_RATE, write_video
-from tests.tones import LOUD, onset, write_tone
 
 FPS = Fraction(30000, 1001)
 

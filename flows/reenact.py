@@ -1,0 +1,38 @@
+"""The reenact flow: one subject's avatar driven by another subject, as a video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flows.environment import quiet_prefect, shield_server
+from pipeline.threads import one_blas_thread
+
+quiet_prefect()
+one_blas_thread()
+
+from prefect import flow  # noqa: E402  the environment must be set first
+from prefect.runtime import flow_run  # noqa: E402
+
+from pipeline.progress import default_reporter  # noqa: E402
+from pipeline.reenact import ReenactRequest, check_reenact, reenact  # noqa: E402
+from pipeline.run import stop_signals  # noqa: E402
+
+shield_server()
+
+
+def _run_name() -> str:
+    request: ReenactRequest = flow_run.parameters["request"]
+    return f"reenact-{request.avatar}-by-{request.drive}"
+
+
+@flow(name="reenact", flow_run_name=_run_name)
+def reenact_flow(request: ReenactRequest) -> dict[str, Any]:
+    """Drive an avatar with a subject and write the video. Returns its account.
+
+    Neither subject is locked: finished stages are only read.
+
+    Raises:
+        HeadcastError: the request is at fault, or a subject's files are.
+    """
+    with stop_signals() as stop_requested:
+        return reenact(check_reenact(request), default_reporter(), stop_requested)

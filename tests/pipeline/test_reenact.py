@@ -1,0 +1,293 @@
+"""One subject drives another's avatar: the video, its account, and every bad request in one clear message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from reenact_data import FPS, FRAMES, TONE_BEGINS, change_fit, finish, read_fit, write_dataset
+from tones import onset
+
+from pipeline.dataset import Dataset
+from pipeline.errors import HeadcastError, Interrupted, StageError, SubjectBusy, UserError
+from pipeline.metrics import psnr
+from pipeline.progress import SilentReporter
+from pipeline.reenact import Plan, ReenactRequest, Scene, check_reenact, driver_picture, reenact, request_of
+from pipeline.sound import read_sound
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("reenact")).root
+
+
+@pytest.fixture
+def dataset(written: Path, tmp_path: Path) -> Dataset:
+    """A dataset of one's own."""
+    return Dataset(Path(shutil.copytree(written, tmp_path / "data")))
+
+
+def plan_of(dataset: Dataset, **fields: Any) -> Plan:
+    return check_reenact(request_of(**{"data": dataset.root, "avatar": "anna", "drive": "bert", **fields}))
+
+
+def pictures(path: Path) -> list[NDArray[np.uint8]]:
+    with av.open(str(path)) as file:
+        return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+
+
+def left_over(dataset: Dataset) -> list[str]:
+    folder = dataset.root / "anna" / "reenact"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_her_double_drives_her_as_her_own_clip_does(dataset: Dataset) -> None:
+    """The whole way: what the video shows is the avatar's own render, but for the torso, which is predicted."""
+    from pipeline.avatars import conditions_of, load_avatar
+    from pipeline.avatars.rig import with_predicted_torso
+    from pipeline.evaluation import ClipRenderer
+
+    plan = plan_of(dataset)
+    account = reenact(plan)
+    avatar = load_avatar(plan.avatar.stage("train"))
+    filmed = ClipRenderer.of(avatar, plan.clips[0], threads=1)
+    truth = conditions_of(plan.clips[0])
+    own = ClipRenderer(
+        avatar, with_predicted_torso(avatar, truth), filmed.Ks, filmed.cameras, filmed.resolution, 1, filmed.inside
+    )
+    shown = pictures(plan.out)
+    assert len(shown) == account["frames"] == FRAMES
+    scene = Scene.of(plan, SilentReporter())
+    for frame in (0, 7, FRAMES - 1):
+        expected = own.render(frame).image
+        assert psnr(expected, scene.picture(frame, (1.0, 1.0, 1.0)).astype(np.float32) / 255) > 50
+        assert psnr(expected, shown[frame].astype(np.float32) / 255) > 28  # compressed
+    assert account["limits"] == {}
+
+
+def test_rate_length_and_sound_are_the_drivers(dataset: Dataset) -> None:
+    plan = plan_of(dataset, first_frame=5, last_frame=20)
+    account = reenact(plan)
+    with av.open(str(plan.out)) as file:
+        stream = file.streams.video[0]
+        assert (stream.average_rate, stream.frames) == (FPS, 16)
+    assert (account["fps"], account["frames"]) == ("30000/1001", 16)
+    assert account["seconds"] == pytest.approx(float(16 / FPS), abs=1e-6)
+    assert account["sound"]
+    sound = np.concatenate(list(read_sound(plan.out, 0.0, float(16 / FPS))))
+    assert onset(sound) == pytest.approx(TONE_BEGINS - float(5 / FPS), abs=0.01)
+
+
+def test_frames_that_are_missing_keep_their_time(dataset: Dataset) -> None:
+    """Repeated frames are dropped by decode, and in others no face is seen: the clock runs on all the same."""
+    bert = dataset.subject("bert")
+    kept = [number for number in range(FRAMES) if number not in (4, 5, 11)]
+    path = bert.stage("decode") / "frames.json"
+    listing = json.loads(path.read_text())
+    entries = [listing["frames"][number] for number in kept]
+    listing["frames"] = [{**entry, "index": number} for number, entry in enumerate(entries)]
+    path.write_text(json.dumps({**listing, "count": len(kept)}))
+    fit = read_fit(bert)
+    whole = ("head", "identity", "expression_names", "landmark_offsets", "expression_offsets", "image_size")
+    change_fit(bert, **{name: array[kept] for name, array in fit.items() if name not in whole})
+    usable = np.ones(len(kept), bool)
+    usable[kept.index(15)] = False
+    change_fit(bert, usable=usable)
+    plan = plan_of(dataset)
+    scene = Scene.of(plan, SilentReporter())
+    assert len(scene) == FRAMES
+    assert [kept[number] for number in scene.shown] == [*range(4), 3, 3, *range(6, 11), 10, *range(12, FRAMES)]
+    own = Scene.of(plan_of(dataset, drive="anna"), SilentReporter()).renderer.conditions.T_cam_head
+    turned = scene.renderer.conditions.T_cam_head
+    np.testing.assert_allclose(turned[12, :3, 3], own[12, :3, 3], atol=2e-3)
+    middle = (turned[14, :3, 3] + turned[16, :3, 3]) / 2
+    np.testing.assert_allclose(turned[15, :3, 3], middle, atol=1e-4)
+
+
+def test_a_second_time_it_is_fresh_and_whatever_changes_makes_it_anew(dataset: Dataset) -> None:
+    first = reenact(plan_of(dataset, last_frame=3))
+    made = (dataset.root / "anna/reenact/bert.mp4").stat()
+    assert reenact(plan_of(dataset, last_frame=3)) == first
+    assert (dataset.root / "anna/reenact/bert.mp4").stat().st_mtime_ns == made.st_mtime_ns
+    with pytest.raises(UserError, match="is there already"):
+        plan_of(dataset, last_frame=4)
+    finish(dataset.subject("bert"), "fit", "2")
+    with pytest.raises(UserError, match="is there already"):
+        plan_of(dataset, last_frame=3)
+    again = reenact(plan_of(dataset, last_frame=3, force=True))
+    assert (again["sha256"], again["key"] == first["key"]) == (first["sha256"], False)
+    assert again["keys"]["drive"]["fit"] == "key bert fit 2"
+    assert again["keys"]["avatar"]["train"] == "key anna train 1"
+    with open(dataset.root / "anna/reenact/bert.mp4", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match="is there already"):
+        plan_of(dataset, last_frame=3)
+    assert left_over(dataset) == ["bert.json", "bert.mp4"]
+
+
+def test_a_stop_leaves_nothing(dataset: Dataset) -> None:
+    asked = threading.Event()
+    plan = plan_of(dataset)
+
+    def stop() -> bool:
+        was = asked.is_set()
+        asked.set()
+        return was
+
+    with pytest.raises(Interrupted):
+        reenact(plan, stop_requested=stop)
+    assert left_over(dataset) == []
+
+
+def test_a_subject_that_is_worked_on_meanwhile_is_told(dataset: Dataset) -> None:
+    plan = plan_of(dataset)
+    finish(dataset.subject("anna"), "train", "2")
+    with pytest.raises(SubjectBusy, match="'train' of 'anna' was replaced"):
+        reenact(plan)
+    beside = plan_of(dataset, beside=True)
+
+    def replaced_at_work() -> bool:
+        finish(dataset.subject("bert"), "decode", "2")
+        return False
+
+    with pytest.raises(SubjectBusy, match="'decode' of 'bert' was replaced"):
+        reenact(beside, stop_requested=replaced_at_work)
+    assert left_over(dataset) == []
+
+
+def test_background_resolution_and_the_driver_beside(dataset: Dataset) -> None:
+    plan = plan_of(dataset, last_frame=2, resolution=96, background="#204060", beside=True)
+    account = reenact(plan)
+    (picture, *_) = pictures(plan.out)
+    assert picture.shape == (96, 192, 3)
+    assert account["size"] == [192, 96]
+    np.testing.assert_allclose(picture[2, -3].astype(int), [0x20, 0x40, 0x60], atol=6)
+    np.testing.assert_allclose(picture[:, :96].mean((0, 1)), driver_picture(plan, 0).mean((0, 1)), atol=6)
+
+
+def test_a_drivers_frame_is_cut_as_its_crop_is(dataset: Dataset) -> None:
+    change_fit(dataset.subject("bert"), crops=np.tile([-8.0, 16.0, 64.0], (FRAMES, 1)))
+    plan = plan_of(dataset)
+    picture, frame = driver_picture(plan, 3), plan.frames.image(3)
+    np.testing.assert_array_equal(picture[:48, 8:], frame[16:, :56])
+    assert (picture[:, :8] == 255).all()
+    assert (picture[48:] == 255).all()
+
+
+def test_a_driver_whose_source_is_gone_drives_in_silence(dataset: Dataset) -> None:
+    (dataset.root / "bert/source/bert.mp4").unlink()
+    account = reenact(plan_of(dataset, last_frame=2))
+    assert not account["sound"]
+    assert "no sound" in account["text"]
+
+
+def test_what_was_never_shown_is_told(dataset: Dataset) -> None:
+    bert = dataset.subject("bert")
+    fit = read_fit(bert)
+    jaw = fit["expression_names"].tolist().index("jawOpen")
+    fit["expression"][:, jaw] = np.linspace(0, 1, FRAMES)
+    change_fit(bert, expression=fit["expression"])
+    account = reenact(plan_of(dataset))
+    assert list(account["limits"]) == ["jawOpen"]
+    assert "most in jawOpen" in account["text"]
+
+
+def _unfit(dataset: Dataset) -> None:
+    shutil.rmtree(dataset.root / "bert/fit")
+
+
+def _untrain(dataset: Dataset) -> None:
+    shutil.rmtree(dataset.root / "anna/train")
+
+
+def _refit(dataset: Dataset) -> None:
+    finish(dataset.subject("anna"), "fit", "2")
+
+
+def _rename(dataset: Dataset) -> None:
+    names = read_fit(dataset.subject("bert"))["expression_names"]
+    change_fit(dataset.subject("bert"), expression_names=np.array([f"e{n}" for n in range(len(names))]))
+
+
+def _hide(dataset: Dataset) -> None:
+    change_fit(dataset.subject("bert"), usable=np.arange(FRAMES) < 10)
+
+
+def _occupy(dataset: Dataset) -> None:
+    (dataset.root / "anna/reenact").mkdir()
+    (dataset.root / "anna/reenact/bert.mp4").write_bytes(b"mine")
+
+
+def _link(dataset: Dataset) -> None:
+    (dataset.root / "elsewhere").mkdir()
+    (dataset.root / "anna/reenact").symlink_to(dataset.root / "elsewhere")
+
+
+def _damage(dataset: Dataset) -> None:
+    (dataset.root / "anna/train/avatar.json").write_text("{}")
+
+
+def _nothing(dataset: Dataset) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fields", "message"),
+    [
+        (_nothing, {"avatar": "carl"}, "No subject 'carl'"),
+        (_nothing, {"drive": "carl"}, "No subject 'carl'"),
+        (_nothing, {"drive": "../bert"}, "cannot be a subject name"),
+        (_nothing, {"avatar": "bert", "drive": "anna"}, "'bert' has no trained avatar"),
+        (_untrain, {}, "'anna' has no trained avatar: stage 'train' is not finished"),
+        (_unfit, {}, "'bert' has no fit to drive with: stage 'fit' is not finished"),
+        (_refit, {}, "'train' of 'anna' was made from another 'fit'"),
+        (_damage, {}, "lacks 'expression_names'"),
+        (_rename, {}, "The driver's coefficients are not those of the avatar: it lacks .* and 48 more"),
+        (_nothing, {"last_frame": FRAMES}, f"Frames 0 to {FRAMES} of 'bert' are not all there"),
+        (_nothing, {"first_frame": 9, "last_frame": 3}, "first_frame 9 comes after last_frame 3"),
+        (_nothing, {"first_frame": -1}, "first_frame -1 does not fit"),
+        (_hide, {"first_frame": 12}, "None of the frames 12 to 23 of 'bert' can be used"),
+        (_nothing, {"resolution": 8}, "resolution 8 does not fit"),
+        (_nothing, {"background": "teal-ish"}, "background 'teal-ish' does not fit: choose white"),
+        (_nothing, {"overshoot": float("nan")}, "overshoot nan does not fit"),
+        (_nothing, {"colour": "red"}, "colour 'red' does not fit"),
+        (_occupy, {}, "bert.mp4' is there already"),
+        (_link, {}, "is a link; nothing is written through it"),
+        (_nothing, {"out": Path("anna.avi")}, "does not end in .mp4"),
+        (_nothing, {"out": Path("no/such/place.mp4")}, "there is no folder"),
+    ],
+)
+def test_bad_requests_are_refused_in_words(
+    dataset: Dataset, spoil: Callable[[Dataset], None], fields: dict[str, Any], message: str
+) -> None:
+    spoil(dataset)
+    before = sorted(dataset.root.rglob("*"))
+    with pytest.raises(HeadcastError, match=message) as caught:
+        plan_of(dataset, **fields)
+    assert isinstance(caught.value, UserError | StageError)
+    assert caught.value.fix
+    assert sorted(dataset.root.rglob("*")) == before
+
+
+def test_the_datasets_own_files_are_never_the_output(dataset: Dataset) -> None:
+    for place in ("bert/source/bert.mp4", "anna/train/bert.mp4", "bert.mp4"):
+        with pytest.raises(UserError, match="among the dataset's own files"):
+            plan_of(dataset, out=dataset.root / place, force=True)
+    assert plan_of(dataset, out=dataset.root.parent / "mine.mp4").out.name == "mine.mp4"
+
+
+def test_a_request_survives_the_way_to_a_worker() -> None:
+    request = request_of(avatar="anna", drive="bert", data=Path("somewhere"), background="20242c", first_frame=3)
+    assert ReenactRequest.model_validate_json(request.model_dump_json()) == request
+    assert Fraction(request.colour()[2]).limit_denominator(255) == Fraction(0x2C, 255)
+    described = ReenactRequest.model_json_schema()["properties"]
+    assert all(field["description"] for field in described.values())
