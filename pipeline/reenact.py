@@ -477,20 +477,11 @@ def verdict_text(account: dict[str, Any]) -> str:
     )
     if account["held_frames"]:
         text += f" In {counted(account['held_frames'], 'frame')} the driver's face is not seen; the last pose is held."
-    limits = account["limits"]
-    if limits:
-        worst = ", ".join(f"{name} (in {counted(row['frames'], 'frame')})" for name, row in list(limits.items())[:3])
+    if account["limits"]:
+        rows = list(account["limits"].items())[:3]
+        worst = ", ".join(f"{name} in {counted(row['frames'], 'frame')}" for name, row in rows)
         text += (
-            f" The driver goes beyond what the avatar's clip showed in {counted(len(limits), 'number')}, "
-            f"most in {worst}; these are guesses and were eased."
+            f" In {counted(len(account['limits']), 'respect')} it goes beyond what the avatar's clip showed, which is "
+            f"guessed and eased: {worst}{' ...' if len(account['limits']) > len(rows) else ''}."
         )
     return text
-
-
-def is_fresh(request: ReenactRequest) -> dict[str, Any] | None:
-    """The account of what is asked for, where it is there already and not to be forced; checks the request.
-
-    Raises:
-        HeadcastError: as `check_reenact`.
-    """
-    return None if request.force else check_reenact(request).finished()

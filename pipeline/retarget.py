@@ -38,11 +38,12 @@ MOVE = ("headX", "headY", "headZ")
 NEUTRAL_PERCENTILE = 10.0
 """A coefficient's neutral: faces rest at their low values, and a few frames that lie below are noise."""
 # How far beyond what the avatar's clip showed a number may go: coefficients, radians of eyes and head, metres. Lids may
-# close in full: half a blink looks worse than skin never seen. A body that is pushed up shows the edge where it is cut.
+# close in full: half a blink looks worse than skin never seen. A head raised or turned farther shows holes under the
+# chin and before the ear, a body that is pushed up the edge where it is cut.
 OVERSHOOT = {
     **{"expression": 0.3, "eyeBlinkLeft": 10.0, "eyeBlinkRight": 10.0},
-    **dict.fromkeys(EYES, 0.15),
-    **dict.fromkeys(TURN, 0.25),
+    **dict.fromkeys(EYES, 0.3),
+    **{"headPitch": 0.05, "headYaw": 0.08, "headRoll": 0.15},
     **dict.fromkeys(MOVE, 0.002),
 }
 # Numbers that exceed what was seen by less than this are not worth telling.

@@ -16,6 +16,7 @@ from pipeline.cli.assets import Assets
 from pipeline.cli.bench import Bench
 from pipeline.cli.common import Common
 from pipeline.cli.doctor import Doctor
+from pipeline.cli.reenact import Reenact
 from pipeline.cli.run import Demo, Rerun, Run
 from pipeline.cli.status import Page, Status
 from pipeline.errors import HeadcastError, Interrupted, UserError
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., Common]] = {
     "doctor": Doctor,
     "assets": Assets,
     "demo": Demo,
+    "reenact": Reenact,
     "bench": Bench,
 }
 

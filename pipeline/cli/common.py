@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
+
+from pipeline.errors import HeadcastError
+
+ResultT = TypeVar("ResultT")
 
 Answer = tuple[dict[str, Any], str, int]
 """A command's answer: the document that `--json` prints, the text that is printed otherwise, the exit code."""
@@ -40,3 +45,20 @@ class Common:
     def resume_command(self) -> str | None:
         """What to type to go on after a stop, where there is such a thing."""
         return None
+
+
+def start_flow(flow: Callable[[Any], ResultT], request: Any) -> ResultT:
+    """Run a flow in this process.
+
+    Raises:
+        HeadcastError: the flow's own, or what the orchestrator met.
+    """
+    try:
+        return flow(request)
+    except (HeadcastError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever Prefect meets while it starts or talks to its server
+        raise HeadcastError(
+            f"The orchestrator failed: {type(error).__name__}: {error}.",
+            "run the same command again, with --verbose for its log; what is finished is kept",
+        ) from error

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.cli.common import Answer, Common, Settings
-from pipeline.errors import HeadcastError, UserError
+from pipeline.cli.common import Answer, Common, Settings, start_flow
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -151,15 +151,7 @@ def carry_out(request: Any) -> Answer:
         check_writable(request.data)
         from flows.subject import subject_flow
 
-        try:
-            worked = subject_flow(request)
-        except (HeadcastError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # whatever Prefect meets while it starts or talks to its server
-            raise HeadcastError(
-                f"The orchestrator failed: {type(error).__name__}: {error}.",
-                "run the same command again, with --verbose for its log; what is finished is kept",
-            ) from error
+        worked = start_flow(subject_flow, request)
         states = inspect_stages(subject, wanted, config)
     else:
         default_reporter(subject.name).message(f"{subject.name}: everything is fresh, nothing to do.")

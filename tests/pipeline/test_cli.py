@@ -38,7 +38,7 @@ def video(path: Path, width: int = 96, height: int = 96, frames: int = 12) -> Pa
 def test_help_teaches_every_command(tmp_path: Path) -> None:
     done = headcast("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("run", "status", "rerun", "doctor", "assets", "demo", "bench"):
+    for command in ("run", "status", "rerun", "doctor", "assets", "demo", "bench", "reenact"):
         assert command in done.stdout
         page = headcast(command, "--help", cwd=tmp_path)
         assert page.returncode == 0
@@ -50,6 +50,16 @@ def test_run_without_a_video_is_a_usage_error(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "No video is named" in done.stderr
     assert "headcast run --help" in done.stderr
+
+
+def test_reenact_refuses_bad_requests_in_one_message(tmp_path: Path) -> None:
+    done = headcast("reenact", "--avatar", "anna", "--drive", "bert", "--background", "teal", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: background 'teal' does not fit: choose white, black, grey, green")
+    done = headcast("reenact", "--avatar", "anna", "--drive", "bert", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "No subject 'anna' in 'data' (there: none)." in done.stderr
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_what_was_never_shown_is_told(dataset: Dataset) -> None:
     change_fit(bert, expression=fit["expression"])
     account = reenact(plan_of(dataset))
     assert list(account["limits"]) == ["jawOpen"]
-    assert "most in jawOpen" in account["text"]
+    assert "In 1 respect it goes beyond what the avatar's clip showed" in account["text"]
 
 
 def _unfit(dataset: Dataset) -> None:
