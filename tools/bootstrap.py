@@ -5,6 +5,7 @@ Running it again does nothing unless a pin, the project file or Python changed.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import ctypes
 import hashlib
@@ -33,21 +34,24 @@ OPENCV_STAND_INS = ("opencv-contrib-python", "opencv-python")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--extras", default="dev", help="of pyproject.toml, separated by commas (default: %(default)s)")
+    extras = parser.parse_args().extras
     if sys.version_info < (3, 11):  # noqa: UP036  an older Python runs this file to be told so
         fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}.", "make setup PYTHON=python3.11")
     install_system_libraries()
-    want = fingerprint()
+    want = fingerprint(extras)
     if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == want:
         return
     make_venv()
-    install_packages()
+    install_packages(extras)
     STAMP.write_text(want)
     say("set-up done: .venv/bin/headcast --help")
 
 
-def fingerprint() -> str:
+def fingerprint(extras: str) -> str:
     """What the environment depends on."""
-    parts = [sys.version.encode(), str(ROOT).encode()]
+    parts = [sys.version.encode(), str(ROOT).encode(), extras.encode()]
     parts += [(ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml", "tools/bootstrap.py")]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
@@ -92,13 +96,14 @@ def make_venv() -> None:
         fail("Python cannot make a virtual environment here.", "sudo apt-get install python3-venv")
 
 
-def install_packages() -> None:
+def install_packages(extras: str) -> None:
     say("installing packages (about 3 GB on disk; a few minutes the first time)")
     with tempfile.TemporaryDirectory() as folder:
         for name in OPENCV_STAND_INS:
             write_stand_in(Path(folder), name, pinned(name), "opencv-contrib-python-headless")
         pip: list[str | Path] = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        options = ["--find-links", folder, "--constraint", "constraints.txt", "--editable", ".[dev]"]
+        options = ["--find-links", folder, "--constraint", "constraints.txt"]
+        options += ["--editable", f".[{extras}]" if extras else "."]
         if subprocess.run([*pip, *options], cwd=ROOT, check=False).returncode != 0:
             fail(
                 "pip could not install the packages (its message is above).",
