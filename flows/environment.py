@@ -12,11 +12,16 @@ from types import SimpleNamespace
 
 from pipeline.logs import json_wanted, set_up_logging
 
-_SETTINGS = {
+SILENT = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+}
+"""What keeps Prefect from reporting to anyone; servers, workers and jobs in containers have it too (docker/)."""
+
+_SETTINGS = {
+    **SILENT,
     # The embedded server serves no page; a cold start on a busy machine takes longer than the default allows.
     "PREFECT_SERVER_UI_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
