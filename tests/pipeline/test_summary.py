@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +70,6 @@ def begin(subject: Subject, stage: str, config: Config = CONFIG) -> Path:
     return work
 
 
-@contextlib.contextmanager
-def held(subject: Subject) -> Iterator[None]:
-    """The lock as another process would hold it."""
-    subject.work.mkdir(exist_ok=True)
-    with open(subject.work / "lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def uncached(subject: Subject, stages: tuple[Stage, ...] = STAGES) -> Summary:
     (subject.work / CACHE).unlink(missing_ok=True)
     return summarize(subject, stages)
@@ -139,7 +129,7 @@ def test_missing_partial_failed_and_running(subject: Subject) -> None:
         json.dumps({"stage": "train", "label": "train", "done": 5, "total": 10, "unit": "steps"})
     )
     assert summarize(subject, STAGES).progress is None, "nobody holds the subject, so nobody is at it"
-    with held(subject):
+    with subject.lock():
         told = summarize(subject, STAGES)
     assert (told.standing, told.why) == ("running", "train: 5/10 steps (50 %)")
     assert told.progress == Progress("train", "train", 5, 10, "steps")
@@ -163,7 +153,7 @@ def test_settings_that_cannot_be_read_are_said(subject: Subject) -> None:
 
 
 def test_json_round_trip(subject: Subject) -> None:
-    with held(subject):
+    with subject.lock():
         subject.progress.write_text(json.dumps({"stage": "fit"}))
         told = summarize(subject, STAGES)
     assert Summary.from_json(json.loads(json.dumps(told.to_json()))) == told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pty
@@ -42,8 +41,7 @@ def running(data: Path) -> Iterator[Subject]:
     """`bert` held by a run that is half way through its training."""
     subject = Dataset(data).subject("bert")
     shutil.rmtree(subject.stage("train"))
-    with open(subject.work / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with subject.lock():
         write_progress(subject, 5)
         yield subject
 
