@@ -31,7 +31,7 @@ from stages import STAGES
 
 set_up_logging()
 subject = Subject(Path(sys.argv[1]))
-with StageProcess(subject, STAGES, 60, None) as process:
+with subject.lock() as held, StageProcess(subject, STAGES, 60, held) as process:
     for stage in STAGES[:2]:
         process.run(stage, preset_config("quick"), force=False, device="cpu", threads=1,
                     reporter=default_reporter(subject.name))

@@ -350,7 +350,7 @@ def test_kill_9_at_random_moments_never_shows_half_a_stage(tmp_path: Path) -> No
         with subprocess.Popen([sys.executable, script, subject.root], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            time.sleep(0.02 + 0.013 * (attempt % 5))
+            time.sleep(0.02 + 0.02 * attempt)
             process.send_signal(signal.SIGKILL)
         manifest = read_manifest(subject.stage("decode"))
         if manifest is not None:
