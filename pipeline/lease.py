@@ -108,6 +108,10 @@ class FolderLeases:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         except FileExistsError:
             return False
+        except OSError:
+            if path.is_symlink() or path.exists():  # sshfs has no error of its own for it
+                return False
+            raise
         try:
             _write_all(handle, data, path)
         except OSError:
@@ -365,7 +369,7 @@ def _is_over(record: LeaseRecord | None, kernel_lock: str) -> bool:
 
 def _usurper(store: LeaseStore, epoch: int, token: str) -> str | None:
     """Why a lease is no longer its holder's, in words; None while it is."""
-    newest = (_epochs(store) or [0])[-1]
+    newest = max(_epochs(store), default=0)
     if newest > epoch:
         record = _parse(store.read(_name(newest)))
         return f"another run took over ({record.holder if record else 'which does not say its name'})"
@@ -467,14 +471,6 @@ def take_lease(store: LeaseStore, what: str, *, kernel_lock: str = "", times: Ti
         UserError: the store cannot hold leases, or a number is there that nothing can follow.
         OSError: the store does not answer.
     """
-    last = (_epochs(store) or [0])[-1]
-    if last == LAST_EPOCH:
-        raise UserError(
-            f"The lease '{_name(last)}' in '{store.place}' has a number that no run ever reaches.",
-            "when nothing works on it, remove this file",
-        )
-    if last:
-        _wait_for_end(store, last, what, kernel_lock, times)
     record = LeaseRecord(
         host=re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64] or "unknown",
         process=os.getpid(),
@@ -482,15 +478,27 @@ def take_lease(store: LeaseStore, what: str, *, kernel_lock: str = "", times: Ti
         kernel_lock=kernel_lock,
         period=times.period,
     )
-    epoch, taken = last + 1, boot_seconds()
-    if not store.create(_name(epoch), record.encode()):
-        raise _busy(what, _parse(store.read(_name(epoch))))
-    # A taker that was slow may have made a number that was given back and removed since; the higher one counts.
-    epochs = _epochs(store)
-    if epochs[-1:] != [epoch]:
+    last = max(_epochs(store), default=0)
+    while True:
+        if last == LAST_EPOCH:
+            raise UserError(
+                f"The lease '{_name(last)}' in '{store.place}' has a number that no run ever reaches.",
+                "when nothing works on it, remove this file",
+            )
+        if last:
+            _wait_for_end(store, last, what, kernel_lock, times)
+        epoch, taken = last + 1, boot_seconds()
+        if not store.create(_name(epoch), record.encode()):
+            last = epoch
+            continue
+        # The list may have been old, as from a cache of the file system, or this taker slow, so that others came and
+        # went in the meantime. The new file makes the list anew: only the lease that was looked at may be there.
+        others = [other for other in _epochs(store) if other != epoch]
+        if others[-1:] in ([], [last]):
+            break
         store.remove(_name(epoch))
-        raise _busy(what, _parse(store.read(_name(epochs[-1]))) if epochs else None)
-    for old in epochs[:-1]:
+        last = others[-1]
+    for old in others:
         store.remove(_name(old))
     return Lease(store, what, epoch, record, times, taken)
 
@@ -581,7 +589,7 @@ def is_held(folder: Path) -> bool:
     """
     store = FolderLeases(folder)
     try:
-        name = _name((_epochs(store) or [0])[-1])
+        name = _name(max(_epochs(store), default=0))
         data = store.read(name)
         record = _parse(data)
         if data is None or _is_over(record, ""):
@@ -644,7 +652,7 @@ def _lock_or_refuse(handle: int, folder: Path, what: str) -> str:
         log.info("'%s' lies on a file system without locks (%s); its lease alone counts", folder, error.strerror)
         return ""
     store = FolderLeases(folder)
-    record = _parse(store.read(_name((_epochs(store) or [0])[-1])))
+    record = _parse(store.read(_name(max(_epochs(store), default=0))))
     raise _busy(what, record if record and not record.released else None)
 
 

@@ -339,6 +339,35 @@ def test_numbers_go_on_from_whatever_is_there(tmp_path: Path, clock: Clock) -> N
     assert caught.value.fix == "when nothing works on it, remove this file"
 
 
+@pytest.mark.parametrize("there", [(3, 4, 5), (4, 5), (5,)])
+def test_an_old_list_of_files_keeps_nobody_out(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, there: tuple[int, ...]
+) -> None:
+    """As sshfs and NFS answer from their caches."""
+    store = FolderLeases(tmp_path)
+    for epoch in there:
+        lay(store, epoch, record(released=True).encode())
+    names, answers = FolderLeases.names, iter([["lease-00000003.json"]])
+    monkeypatch.setattr(FolderLeases, "names", lambda self: next(answers, None) or names(self))
+    lease = take_lease(store, WHAT)
+    assert lease.epoch == 6
+    assert store.names() == ["lease-00000006.json"]
+    lease.release()
+    assert clock.slept == 0
+
+
+def test_an_old_list_of_files_hides_no_holder(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder was removed and made anew since, and its numbers began again."""
+    store = FolderLeases(tmp_path)
+    lay(store, 1, record().encode())
+    names, answers = FolderLeases.names, iter([["lease-00000005.json"]])
+    monkeypatch.setattr(FolderLeases, "names", lambda self: next(answers, None) or names(self))
+    clock.during = lambda clock: store.write("lease-00000001.json", record(counter=1).encode())
+    with pytest.raises(SubjectBusy, match="render-7"):
+        take_lease(store, WHAT)
+    assert store.names() == ["lease-00000001.json"]
+
+
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.symlink_to("/etc/hostname")])
 def test_what_is_no_file_is_named(tmp_path: Path, make: Any) -> None:
     subject = Subject(tmp_path / "anna")
