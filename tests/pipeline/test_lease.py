@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -795,8 +796,8 @@ for line in sys.stdin:
 """
 
 
-def test_of_many_takers_at_once_exactly_one_wins(place: str) -> None:
-    rounds = 15 if "://" not in place else 8
+def race(places: list[str], rounds: int) -> None:
+    """Let four processes take the same folders at the same moments, each by one of the given paths to it."""
     with ExitStack() as stack:
         rivals = []
         for _ in range(4):
@@ -807,15 +808,84 @@ def test_of_many_takers_at_once_exactly_one_wins(place: str) -> None:
             rivals.append(rival)
         assert {hear(rival) for rival in rivals} == {"ready"}
         for number in range(rounds):
-            one = f"{place}/{number}"
+            one = places[0].format(number)
             if "://" not in one:
                 Path(one).mkdir()
             if number % 2:
                 lay(lease_store_for(one), 41, record(released=True).encode())
             moment = time.monotonic() + 0.1
-            for rival in rivals:
-                print(moment, one, file=rival.stdin, flush=True)
+            for rival, place in zip(rivals, places * 4, strict=False):
+                print(moment, place.format(number), file=rival.stdin, flush=True)
             assert sorted(map(hear, rivals)) == ["busy", "busy", "busy", "won"]
+
+
+def test_of_many_takers_at_once_exactly_one_wins(place: str) -> None:
+    race([place + "/{}"], rounds=5 if "://" in place else 15)
+
+
+@pytest.fixture
+def mounts(tmp_path: Path) -> Iterator[list[Path]]:
+    """One folder mounted twice by sshfs: the kernel's locks do not pass from one mount to the other."""
+    for program in ("sshd", "sshfs", "fusermount3", "ssh-keygen"):
+        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None:
+            pytest.skip(f"no {program} here")
+    if os.geteuid() != 0 or not Path("/dev/fuse").exists():
+        pytest.skip("nothing can be mounted here")
+    folders = [tmp_path / name for name in ("data", "one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for key in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key], check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = {
+        "ListenAddress": f"127.0.0.1:{port}",
+        "HostKey": tmp_path / "host",
+        "AuthorizedKeysFile": tmp_path / "user.pub",
+        "StrictModes": "no",
+        "PidFile": "none",
+        "PermitRootLogin": "yes",
+        "Subsystem": "sftp internal-sftp",
+    }
+    with ExitStack() as stack:
+        given = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+        server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-f", "/dev/null", *given], stderr=subprocess.DEVNULL)
+        stack.callback(server.wait)
+        stack.callback(server.terminate)
+        client = f"IdentityFile={tmp_path}/user,StrictHostKeyChecking=no,UserKnownHostsFile=/dev/null"
+        for mount in folders[1:]:
+            command = ["sshfs", "-p", str(port), "-o", client, f"root@127.0.0.1:{folders[0]}", mount]
+            for _ in range(50):  # the server may not listen yet
+                if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                    break
+                time.sleep(0.1)
+            else:
+                pytest.skip("sshfs cannot mount here")
+            stack.callback(subprocess.run, ["fusermount3", "-u", mount], check=True)
+        yield folders[1:]
+
+
+def test_two_mounts_of_one_folder_are_held_by_one_run(mounts: list[Path]) -> None:
+    import fcntl
+
+    one, two = (Subject(mount / "anna") for mount in mounts)
+    with Holder(one.root, body="sys.stdin.readline()\nsay(held.lost())") as holder:
+        with open(two.work / LOCK, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock alone would let two in
+        with pytest.raises(SubjectBusy, match=f"process {holder.process.pid}"), two.lock(times=QUICK):
+            pass
+        holder.process.send_signal(signal.SIGSTOP)
+        with two.lock(times=QUICK) as held:
+            assert held.leases[0].epoch == 2
+            holder.process.send_signal(signal.SIGCONT)
+            print("go on", file=holder.process.stdin, flush=True)
+            assert holder.hear() == "True"
+            held.check()
+    with one.lock() as held:
+        assert held.leases[0].epoch == 3, "it was given back: no wait, although this mount's list of files is old"
+    race([f"{mount}/{{}}" for mount in mounts], rounds=6)
 
 
 # Many machines, in simulated time
