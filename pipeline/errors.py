@@ -69,3 +69,16 @@ class Interrupted(HeadcastError):
     """Ctrl+C or SIGTERM reached a stage, which left a resumable state. Exit code 130, as shells expect."""
 
     exit_code = 130
+
+
+class StoreUnreachable(HeadcastError):
+    """An object store does not answer, or there are no credentials for it yet. Exit code 1; what was finished stays."""
+
+    retryable = True
+
+
+class StoreDamaged(HeadcastError):
+    """What an object store holds is not what its manifest says. Exit code 1; nothing of it was taken."""
+
+    path: str | None = None
+    """The object that is at fault, where it is one."""

@@ -251,6 +251,35 @@ def source_names(subject: Subject) -> list[str]:
     return [str(entry["name"]) for entry in _known(subject)["clips"]]
 
 
+def source_entries(subject: Subject) -> list[dict[str, Any]]:
+    """What `source/` keeps: an entry with `kind`, `file` and `sha256` for each clip, their alphas and the photograph.
+
+    Raises:
+        UserError: the source is missing or damaged.
+    """
+    record = _known(subject)
+    photo = [{**record["like"], "kind": "photo"}] if record.get("like") else []
+    return [*record["clips"], *record.get("alphas", []), *photo]
+
+
+def source_files(subject: Subject) -> list[Path]:
+    """Every file that `source/` keeps beside `source.json`; all of them are read and found unchanged.
+
+    Raises:
+        UserError: the source is missing, damaged or was changed.
+    """
+    files = []
+    for entry in source_entries(subject):
+        given = _look_at(subject.source / str(entry["file"]))
+        if _digest(given) != entry["sha256"]:
+            raise UserError(
+                f"'{given.path}' was changed since it was taken in.",
+                f"give the video again: headcast run VIDEO --subject {subject.name}",
+            )
+        files += given.files
+    return files
+
+
 def photo_path(subject: Subject, sha256: str) -> Path:
     """The photograph of the person to track that has these bytes, inside the dataset.
 
@@ -450,7 +479,7 @@ def _registered(subject: Subject) -> dict[str, Any] | None:
         complete = record["schema"] == SCHEMA and record["sha256"] and record["clips"]
         alphas = record.get("alphas", [])
         for entry in [*record["clips"], *alphas, *([record["like"]] if record.get("like") else [])]:
-            complete = complete and Path(entry["file"]).name == entry["file"] and entry["sha256"]
+            complete = complete and Path(entry["file"]).name == entry["file"] != ".." and entry["sha256"]
         for entry in [*record["clips"], *alphas]:
             complete = complete and entry["stamp"] and entry["kind"] and entry["size"]
         complete = complete and all(_is_whole(subject, entry) for entry in record["clips"])

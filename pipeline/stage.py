@@ -330,7 +330,7 @@ def run_stage(
         and damaged_output(work, finished) is None
     ):
         still_held()
-        publish(subject, stage, work)
+        publish(subject, stage.name, work)
         return finished
     resumed = work.is_dir()
     work.mkdir(parents=True, exist_ok=True)
@@ -390,7 +390,7 @@ def run_stage(
         fsync_tree(work)
         write_json(work / MANIFEST, manifest)
         still_held()
-        publish(subject, stage, work)
+        publish(subject, stage.name, work)
     except OSError as error:
         raise _record_failure(work, _storage_error(stage, subject, error)) from error
     told = {**named, "seconds": manifest["seconds"], "verdict": result.verdict.level}
@@ -405,10 +405,10 @@ def note_failure(subject: Subject, stage: Stage, stages: Sequence[Stage], config
         _record_failure(work, error)
 
 
-def publish(subject: Subject, stage: Stage, work: Path) -> None:
-    """Put a finished work folder in its place by rename, and clear what other attempts of the stage left."""
-    target = subject.stage(stage.name)
-    old = subject.work / f"{stage.name}-replaced"
+def publish(subject: Subject, name: str, work: Path) -> None:
+    """Put a finished work folder of a stage in its place by rename, and clear what other attempts of it left."""
+    target = subject.stage(name)
+    old = subject.work / f"{name}-replaced"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
@@ -419,7 +419,7 @@ def publish(subject: Subject, stage: Stage, work: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-    for leftover in subject.work.glob(f"{stage.name}-*"):
+    for leftover in subject.work.glob(f"{name}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -371,7 +371,7 @@ def test_publish_clears_other_attempts(bench: Bench) -> None:
     work = bench.subject.work / "track-1111111111111111"
     work.mkdir()
     (work / "stage.json").write_text("{}")
-    publish(bench.subject, bench.stages[1], work)
+    publish(bench.subject, bench.stages[1].name, work)
     assert not other.exists()
     assert not work.exists()
 

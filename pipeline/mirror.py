@@ -1,0 +1,102 @@
+"""A run's copy of a subject kept in step with an object store: what is finished there is taken, what is made goes back.
+
+With no store every step does nothing, so that a run reads the same with one and without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pipeline.dataset import Subject
+from pipeline.errors import StoreDamaged
+from pipeline.progress import Reporter
+from pipeline.stage import State
+from pipeline.store import SOURCE, DatasetStore, open_store
+
+
+@dataclass
+class Mirror:
+    """A subject here and in a store; the caller holds it in both places."""
+
+    subject: Subject
+    reporter: Reporter
+    store: DatasetStore | None = None
+    still_held: Callable[[], None] = lambda: None
+    """Raises when the subject is no longer held, before anything is published."""
+
+    def open(self, with_source: bool) -> None:
+        """Take over what the store knows of the subject: the settings of its last run and, if wanted, its source.
+
+        Raises:
+            UserError: there is no such store, or it refuses us.
+            StoreUnreachable: it does not answer.
+            StoreDamaged: the source is not what was stored.
+        """
+        if self.store is None:
+            return
+        self.store.check()
+        self.store.pull_run_record(self.subject)
+        if with_source:
+            with self._damage_set_aside():
+                self.store.pull(self.subject, SOURCE, reporter=self.reporter)
+
+    def publish_source(self) -> None:
+        """Take the source and the settings of this run to the store."""
+        if self.store is not None:
+            self.still_held()
+            self.store.push_source(self.subject, self.reporter)
+
+    def fetch(self, state: State) -> bool:
+        """Bring a stage that is not fresh here from the store, if it is finished there with the key that is wanted.
+
+        What is damaged there is named and put aside; the stage is then made here.
+
+        Returns:
+            Whether the stage is fresh now.
+        """
+        if self.store is None or state.name == "fresh" or state.key is None:
+            return False
+        try:
+            with self._damage_set_aside():
+                manifest = self.store.manifest(self.subject.name, state.stage)
+                wanted = manifest is not None and manifest["key"] == state.key
+                return wanted and bool(self.store.pull(self.subject, state.stage, reporter=self.reporter))
+        except StoreDamaged as damage:
+            self.reporter.message(f"{damage.what} It is made anew.")
+            return False
+
+    def publish(self, stage: str) -> None:
+        """Take a finished stage to the store, unless the store has it."""
+        if self.store is not None:
+            self.still_held()
+            self.store.push(self.subject, stage, self.reporter)
+
+    def close(self) -> None:
+        """Take the report to the store."""
+        if self.store is not None and self.subject.report.is_file():
+            self.still_held()
+            self.store.push_report(self.subject)
+
+    @contextlib.contextmanager
+    def _damage_set_aside(self) -> Iterator[None]:
+        """Put what turns out to be damaged in the store aside, so that the next push replaces it."""
+        try:
+            yield
+        except StoreDamaged as damage:
+            assert self.store is not None
+            self.still_held()
+            self.store.set_aside(damage)
+            raise
+
+
+def mirror(
+    store: str | None, subject: Subject, reporter: Reporter, still_held: Callable[[], None] = lambda: None
+) -> Mirror:
+    """The mirror of a subject at a store's URL, or one that does nothing where there is none.
+
+    Raises:
+        UserError: as `open_store`.
+    """
+    return Mirror(subject, reporter, open_store(store) if store else None, still_held)
