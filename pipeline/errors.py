@@ -71,12 +71,6 @@ class Interrupted(HeadcastError):
     exit_code = 130
 
 
-class StoreUnreachable(HeadcastError):
-    """An object store does not answer, or there are no credentials for it yet. Exit code 1; what was finished stays."""
-
-    retryable = True
-
-
 class StoreDamaged(HeadcastError):
     """What an object store holds is not what its manifest says. Exit code 1; nothing of it was taken."""
 

@@ -31,7 +31,7 @@ class Mirror:
 
         Raises:
             UserError: there is no such store, or it refuses us.
-            StoreUnreachable: it does not answer.
+            Unavailable: it does not answer.
             StoreDamaged: the source is not what was stored.
         """
         if self.store is None:
@@ -45,24 +45,35 @@ class Mirror:
     def publish_source(self) -> None:
         """Take the source and the settings of this run to the store."""
         if self.store is not None:
-            self.still_held()
-            self.store.push_source(self.subject, self.reporter)
+            self.store.push_source(self.subject, self.reporter, self.still_held)
 
-    def fetch(self, state: State) -> bool:
-        """Bring a stage that is not fresh here from the store, if it is finished there with the key that is wanted.
+    def fetch(self, inspect: Callable[[], list[State]]) -> list[State]:
+        """Bring the stages that are not fresh here but finished there, with the keys that are wanted, in order.
 
-        What is damaged there is named and put aside; the stage is then made here.
+        What is damaged there is named and put aside; the stage is then left to be made here.
+
+        Args:
+            inspect: tells the states of the stages, in order (`pipeline.stage.inspect_stages`).
 
         Returns:
-            Whether the stage is fresh now.
+            The states after that.
         """
-        if self.store is None or state.name == "fresh" or state.key is None:
-            return False
+        states = inspect()
+        while self.store is not None:
+            first = next((state for state in states if state.name != "fresh"), None)
+            if first is None or first.key is None or not self._bring(first.stage, first.key):
+                break
+            states = inspect()
+        return states
+
+    def _bring(self, stage: str, key: str) -> bool:
+        """Pull a stage if the store has it under this key; whether it did."""
+        assert self.store is not None
         try:
             with self._damage_set_aside():
-                manifest = self.store.manifest(self.subject.name, state.stage)
-                wanted = manifest is not None and manifest["key"] == state.key
-                return wanted and bool(self.store.pull(self.subject, state.stage, reporter=self.reporter))
+                manifest = self.store.manifest(self.subject.name, stage)
+                wanted = manifest is not None and manifest["key"] == key
+                return wanted and bool(self.store.pull(self.subject, stage, reporter=self.reporter))
         except StoreDamaged as damage:
             self.reporter.message(f"{damage.what} It is made anew.")
             return False
@@ -70,8 +81,7 @@ class Mirror:
     def publish(self, stage: str) -> None:
         """Take a finished stage to the store, unless the store has it."""
         if self.store is not None:
-            self.still_held()
-            self.store.push(self.subject, stage, self.reporter)
+            self.store.push(self.subject, stage, self.reporter, self.still_held)
 
     def close(self) -> None:
         """Take the report to the store."""

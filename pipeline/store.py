@@ -14,7 +14,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,7 +29,7 @@ from pipeline.dataset import (
     write_atomic,
     write_json,
 )
-from pipeline.errors import HeadcastError, StageError, StoreDamaged, StoreUnreachable, UserError
+from pipeline.errors import HeadcastError, StageError, StoreDamaged, Unavailable, UserError
 from pipeline.progress import Reporter, SilentReporter
 from pipeline.source import source_entries, source_files
 from pipeline.stage import MANIFEST, SCHEMA, damaged_output, outputs_digest, publish, read_manifest
@@ -47,6 +47,10 @@ FILES_AT_ONCE = 16
 _HEX = re.compile(r"[0-9a-f]{64}")
 _PART_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENAMETOOLONG}
+
+
+def _always() -> None:
+    """Nobody else writes here."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class DatasetStore:
 
         Raises:
             UserError: there is no such bucket, or the store refuses us.
-            StoreUnreachable: it does not answer, or there are no credentials.
+            Unavailable: it does not answer, or there are no credentials.
         """
         self._list(self.root)
 
@@ -134,7 +138,7 @@ class DatasetStore:
         Raises:
             StoreDamaged: a part's files are not what its manifest says, or its manifest is not to be trusted.
         """
-        return [part for part in parts if self._pull(subject, part, reporter or SilentReporter())]
+        return [part for part in parts if self._pull(subject, part, reporter)]
 
     def pull_run_record(self, subject: Subject) -> None:
         """Take over the settings of the subject's last run from the store, where there are any."""
@@ -143,10 +147,18 @@ class DatasetStore:
             subject.root.mkdir(parents=True, exist_ok=True)
             write_atomic(subject.root / "run.json", data)
 
-    def push(self, subject: Subject, stage: str, reporter: Reporter | None = None) -> int:
-        """Take a finished stage to the store; the caller holds the subject's lock there.
+    def push(
+        self, subject: Subject, stage: str, reporter: Reporter | None = None, still_held: Callable[[], None] = _always
+    ) -> int:
+        """Take a finished stage to the store; the caller holds the subject there.
 
         Only files that are not there are transferred; then the entry publishes them, and what it replaces is removed.
+
+        Args:
+            subject: whose stage.
+            stage: its name.
+            reporter: gets the progress.
+            still_held: asked before the entry is put; raises when the subject is no longer the caller's.
 
         Returns:
             How many files were transferred.
@@ -162,9 +174,11 @@ class DatasetStore:
                 f"Stage '{stage}' of '{subject.name}' cannot be stored: {damage}.",
                 f"run: headcast rerun {subject.name} --from {stage}",
             )
-        return self._push(subject, stage, manifest, (folder / MANIFEST).read_bytes(), reporter or SilentReporter())
+        return self._push(subject, stage, manifest, (folder / MANIFEST).read_bytes(), reporter, still_held)
 
-    def push_source(self, subject: Subject, reporter: Reporter | None = None) -> int:
+    def push_source(
+        self, subject: Subject, reporter: Reporter | None = None, still_held: Callable[[], None] = _always
+    ) -> int:
         """Take a subject's source and the settings of its run to the store, as `push` does.
 
         Raises:
@@ -185,7 +199,7 @@ class DatasetStore:
             "digest": outputs_digest(outputs),
             "source": record,
         }
-        count = self._push(subject, SOURCE, manifest, _json(manifest), reporter or SilentReporter())
+        count = self._push(subject, SOURCE, manifest, _json(manifest), reporter, still_held)
         run_record = subject.root / "run.json"
         if run_record.is_file():
             self._write(f"{self._place(subject.name)}/run.json", run_record.read_bytes())
@@ -207,7 +221,15 @@ class DatasetStore:
             raise UserError(f"'{name}' cannot be a subject name.", "use 1 to 64 letters, digits, '-' and '_'")
         return f"{self.root}/{name}"
 
-    def _push(self, subject: Subject, part: str, manifest: dict[str, Any], data: bytes, reporter: Reporter) -> int:
+    def _push(
+        self,
+        subject: Subject,
+        part: str,
+        manifest: dict[str, Any],
+        data: bytes,
+        reporter: Reporter | None,
+        still_held: Callable[[], None],
+    ) -> int:
         place = f"{self._place(subject.name)}/{part}"
         entry = Entry({name: value for name, value in manifest.items() if name != "outputs"}, _sha256(data))
         before = None
@@ -221,6 +243,7 @@ class DatasetStore:
         lacking = {path: output for path, output in wanted.items() if there.get(path) != output["size"]}
         files = [str(subject.root / part / str(output["path"])) for output in lacking.values()]
         self._transfer(self.fs.put, f"store {part}", files, list(lacking), reporter)
+        still_held()
         if entry is not before:
             self._write(f"{place}/{entry.listing}", data)
             record = {"schema": ENTRY_SCHEMA, "sha256": entry.sha256, "manifest": entry.manifest}
@@ -237,7 +260,7 @@ class DatasetStore:
         except HeadcastError as error:
             log.warning("what was replaced stays in the store: %s", error.what)
 
-    def _pull(self, subject: Subject, part: str, reporter: Reporter) -> bool:
+    def _pull(self, subject: Subject, part: str, reporter: Reporter | None) -> bool:
         while (entry := self._entry(subject.name, part)) is not None:
             try:
                 return self._bring(subject, part, entry, reporter)
@@ -247,7 +270,7 @@ class DatasetStore:
                 log.info("%s of %s was published anew meanwhile", part, subject.name)
         return False
 
-    def _bring(self, subject: Subject, part: str, entry: Entry, reporter: Reporter) -> bool:
+    def _bring(self, subject: Subject, part: str, entry: Entry, reporter: Reporter | None) -> bool:
         place = f"{self._place(subject.name)}/{part}"
         if _is_here(subject, part, entry):
             return False
@@ -358,7 +381,7 @@ class DatasetStore:
             self.fs.pipe_file(path, data)
 
     def _transfer(
-        self, move: Any, label: str, sources: Sequence[str], targets: Sequence[str], reporter: Reporter
+        self, move: Any, label: str, sources: Sequence[str], targets: Sequence[str], reporter: Reporter | None
     ) -> None:
         """Put or get files, several at a time, with progress."""
         if not sources:
@@ -366,7 +389,7 @@ class DatasetStore:
         from fsspec.callbacks import Callback
 
         at_once = {"batch_size": FILES_AT_ONCE} if self.fs.async_impl else {}
-        with reporter.task(label, len(sources), "files") as task:
+        with (reporter or SilentReporter()).task(label, len(sources), "files") as task:
 
             def count(size: int, value: int, **_: Any) -> None:
                 task.advance(value - task.done)
@@ -407,11 +430,11 @@ class DatasetStore:
         if isinstance(error, NotImplementedError):
             return UserError(f"The store '{self.url}' cannot be written.", "name another, such as s3://BUCKET/FOLDER")
         if "Credential" in kind or "Token" in kind:
-            return StoreUnreachable(
+            return Unavailable(
                 f"There are no credentials for the store '{self.url}'.",
                 "put them in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
             )
-        return StoreUnreachable(
+        return Unavailable(
             f"The store '{self.url}' does not answer: {kind}: {error}.",
             "check the network and AWS_ENDPOINT_URL, and run the same command again: what is finished is kept",
         )

@@ -1,0 +1,209 @@
+"""Two machines that work on one subject through a store: nothing finished is made again, nothing damaged is taken."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from object_store import BUCKET, s3_server, set_source, tree
+
+from pipeline.config import Config, override, preset_config
+from pipeline.dataset import Dataset, write_atomic
+from pipeline.errors import HeadcastError, StoreDamaged
+from pipeline.mirror import Mirror, mirror
+from pipeline.progress import SilentReporter
+from pipeline.stage import Result, Stage, StageRun, Verdict, inspect_stages, run_stage
+from pipeline.store import DatasetStore, open_store
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = preset_config("quick")
+
+
+class Messages(SilentReporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+class Machine:
+    """A machine with a local copy of subject `anna` and two toy stages; `made` lists what worked here."""
+
+    def __init__(self, folder: Path, store: DatasetStore | None) -> None:
+        self.subject = Dataset(folder).subject("anna")
+        self.reporter = Messages()
+        self.mirror = Mirror(self.subject, self.reporter, store)
+        self.made: list[str] = []
+        self.stages = (Stage("decode", 1, (), self.work), Stage("track", 1, ("decode",), self.work))
+
+    def work(self, run: StageRun) -> Result:
+        name = run.work.name.partition("-")[0]
+        self.made.append(name)
+        write_atomic(run.work / "out", f"{name} of {(self.subject.source / 'clip.mp4').read_text()}".encode())
+        return Result(Verdict("good", name))
+
+    def run(self, config: Config = CONFIG, *, with_source: bool = True) -> list[str]:
+        """Bring both stages up to date, as a run does; returns what worked here."""
+        self.made.clear()
+        self.subject.work.mkdir(parents=True, exist_ok=True)
+        self.mirror.open(with_source)
+        self.mirror.publish_source()
+        for until, stage in enumerate(self.stages, 1):
+            states = self.mirror.fetch(lambda until=until: inspect_stages(self.subject, self.stages[:until], config))
+            if states[-1].name != "fresh":
+                run_stage(self.subject, stage, self.stages, config)
+            self.mirror.publish(stage.name)
+        self.subject.report.write_text("report")
+        self.mirror.close()
+        return list(self.made)
+
+
+@pytest.fixture
+def store() -> DatasetStore:
+    return open_store(f"memory://{secrets.token_hex(4)}")
+
+
+@pytest.fixture
+def machines(tmp_path: Path, store: DatasetStore) -> tuple[Machine, Machine]:
+    """Two machines; the first has the clip."""
+    first, second = Machine(tmp_path / "a", store), Machine(tmp_path / "b", store)
+    set_source(first.subject, "abcd")
+    return first, second
+
+
+def test_two_machines_work_one_after_another(machines: tuple[Machine, Machine]) -> None:
+    first, second = machines
+    both = first.stages
+    first.stages = both[:1]
+    assert first.run() == ["decode"]
+    assert second.run() == ["track"]
+    first.stages = both
+    assert first.run() == []
+    assert tree(first.subject.root) == tree(second.subject.root)
+
+
+def test_what_was_finished_without_the_store_is_kept_and_taken_there(machines: tuple[Machine, Machine]) -> None:
+    first, second = machines
+    first.run()
+    other = override(CONFIG, ["decode.max_frames=7"])
+    alone = Machine(second.subject.root.parent, None)
+    set_source(alone.subject, "abcd")
+    assert alone.run(other) == ["decode", "track"]
+    assert second.run(other) == [], "the older stages of the store do not replace these"
+    assert first.run(other) == []
+
+
+def test_settings_of_the_last_run_travel(machines: tuple[Machine, Machine]) -> None:
+    first, second = machines
+    first.run()
+    second.run()
+    record = second.subject.root / "run.json"
+    assert record.read_bytes() == (first.subject.root / "run.json").read_bytes()
+    record.write_text('{"schema": 1}')
+    second.mirror.publish_source()
+    first.mirror.open(with_source=True)
+    assert (first.subject.root / "run.json").read_text() == '{"schema": 1}'
+
+
+@pytest.mark.parametrize("damaged", ["out", "track.json"])
+def test_damage_in_the_store_is_named_and_made_anew(
+    machines: tuple[Machine, Machine], store: DatasetStore, damaged: str, tmp_path: Path
+) -> None:
+    first, second = machines
+    first.run()
+    (path,) = (p for p in store.fs.find(f"{store.root}/anna") if "/track" in p and p.endswith(damaged))
+    store.fs.pipe_file(path, b"?" + store.fs.cat_file(path)[1:])
+    assert second.run() == ["track"]
+    (message,) = second.reporter.texts
+    assert "'track' of 'anna'" in message
+    assert "'out' was changed" in message or "its entry" in message
+    third = Machine(tmp_path / "c", store)
+    assert third.run() == []
+    assert tree(third.subject.root)["track/out"] == tree(first.subject.root)["track/out"]
+
+
+def test_a_damaged_source_has_to_be_given_again(machines: tuple[Machine, Machine], store: DatasetStore) -> None:
+    first, second = machines
+    first.run()
+    (path,) = (p for p in store.fs.find(store.root) if p.endswith("clip.mp4"))
+    store.fs.pipe_file(path, b"abcX")
+    with pytest.raises(StoreDamaged, match=r"'clip\.mp4' was changed") as caught:
+        second.run()
+    assert "headcast run VIDEO --subject anna" in caught.value.fix
+    set_source(second.subject, "abcd")
+    assert second.run(with_source=False) == []
+    assert first.run() == []
+
+
+def test_nothing_is_published_by_a_run_that_lost_its_subject(
+    machines: tuple[Machine, Machine], store: DatasetStore
+) -> None:
+    def lost() -> None:
+        raise HeadcastError("another run took over")
+
+    first, second = machines
+    first.run()
+    before = {path: store.fs.cat_file(path) for path in store.fs.find(store.root)}
+    second.mirror.still_held = lost
+    set_source(second.subject, "wxyz")
+    with pytest.raises(HeadcastError, match="took over"):
+        second.run(with_source=False)
+    assert {path: data for path, data in before.items() if store.fs.cat_file(path) != data} == {}
+
+
+def test_without_a_store_nothing_but_the_run_happens(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, None)
+    set_source(machine.subject, "abcd")
+    assert machine.run() == ["decode", "track"]
+    assert machine.run() == []
+    assert mirror(None, machine.subject, machine.reporter).store is None
+
+
+@pytest.fixture
+def bucket() -> Iterator[DatasetStore]:
+    with s3_server():
+        yield open_store(f"s3://{BUCKET}/{secrets.token_hex(4)}")
+
+
+A_KILLED_RUN = textwrap.dedent(
+    """
+    import sys, time
+    sys.path.insert(0, "tests/pipeline")
+    sys.path.insert(0, "tests")
+    from pathlib import Path
+    from test_mirror import Machine
+    from pipeline.store import open_store
+
+    class Slow(Machine):
+        def work(self, run):
+            if "track" in run.work.name:
+                (run.work / "begun").write_text("")
+                time.sleep(60)
+            return super().work(run)
+
+    Slow(Path(sys.argv[1]), open_store(sys.argv[2])).run()
+    """
+)
+
+
+def test_a_killed_run_is_continued_on_another_machine(bucket: DatasetStore, tmp_path: Path) -> None:
+    first, second = Machine(tmp_path / "a", bucket), Machine(tmp_path / "b", bucket)
+    set_source(first.subject, "abcd")
+    with subprocess.Popen([sys.executable, "-c", A_KILLED_RUN, str(tmp_path / "a"), bucket.url], cwd=ROOT) as process:
+        while not list(first.subject.work.glob("track-*/begun")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert second.run() == ["track"]
+    assert first.run() == []
+    assert tree(first.subject.root) == tree(second.subject.root)
