@@ -25,7 +25,9 @@ from prefect.states import Completed  # noqa: E402
 from prefect.tasks import exponential_backoff  # noqa: E402
 
 from pipeline.assets import ensure_assets  # noqa: E402
-from pipeline.errors import StageDied, StageError, UserError  # noqa: E402
+from pipeline.config import Config  # noqa: E402
+from pipeline.errors import HeadcastError, StageDied, StageError, UserError  # noqa: E402
+from pipeline.mirror import open_mirror  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
 from pipeline.report import build_report  # noqa: E402
 from pipeline.run import (  # noqa: E402
@@ -57,14 +59,28 @@ def subject_flow(request: RunRequest) -> list[str]:
     Raises:
         HeadcastError: the request is at fault, or a stage failed; the report is written all the same.
     """
-    subject, config, wanted = prepare(request, STAGES)
+    subject, worked = request.target(), []
     reporter = default_reporter(subject.name)
-    worked = []
-    check_input(request, subject)
+    mirror = open_mirror(request.store, subject, reporter)
+
+    def exchange(step: Callable[..., None], *arguments: Any) -> None:
+        if request.store is not None:
+            attempt(step.__name__, step, *arguments)
+
+    def plan() -> tuple[Config, list[Stage]]:
+        _, config, wanted = prepare(request, STAGES)
+        check_input(request, subject)
+        return config, wanted
+
+    planned = plan() if request.store is None else None  # with a store, the subject may not be here yet
     with contextlib.ExitStack() as holding:
-        held = holding.enter_context(hold(subject, request.wait_minutes))
+        held = holding.enter_context(hold(subject, request.wait_minutes, request.store))
+        mirror.still_held = held.check
+        exchange(mirror.pull_source, not request.videos)
+        config, wanted = planned or plan()
         check_captures_first(request, subject, reporter)
         open_subject(request, subject, config)
+        exchange(mirror.push_source)
         assets = {name for stage in wanted for name in stage.assets(config)}
         if assets:
             attempt("assets", ensure_assets, assets, reporter)
@@ -73,9 +89,10 @@ def subject_flow(request: RunRequest) -> list[str]:
                 if route is not None:
                     holding.close()  # the run over there takes the lock
                     attempt(route, send_to, route, routed(request, subject, part))
-                    held = holding.enter_context(hold(subject, request.wait_minutes))
+                    held = holding.enter_context(hold(subject, request.wait_minutes, request.store))
+                    mirror.still_held = held.check
                     continue
-                with stage_worker(request, subject, STAGES, config, held, reporter) as work:
+                with stage_worker(request, subject, STAGES, config, held, mirror, reporter) as work:
                     for stage in part:
                         label = f"[{wanted.index(stage) + 1}/{len(wanted)}] {stage.name}"
                         manifest = attempt(stage.name, bring_up_to_date, work, stage)
@@ -85,10 +102,13 @@ def subject_flow(request: RunRequest) -> list[str]:
                         else:
                             reporter.message(f"{label}: fresh, left as it is")
         except BaseException:
-            with contextlib.suppress(OSError):  # a full disk must not hide the stage's own error
+            # A full disk or a store that is down must not hide the stage's own error.
+            with contextlib.suppress(OSError, HeadcastError):
                 build_report(subject, STAGES, config)
+                mirror.push_report()
             raise
         build_report(subject, STAGES, config)
+        exchange(mirror.push_report)
     return worked
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.dataset import Subject
-from pipeline.errors import StoreDamaged
+from pipeline.errors import StoreDamaged, UserError
 from pipeline.progress import Reporter
-from pipeline.stage import State
-from pipeline.store import SOURCE, DatasetStore, open_store
+from pipeline.stage import MANIFEST, State, read_manifest
+from pipeline.store import SOURCE, DatasetStore, open_store, source_key
 
 
 @dataclass
@@ -26,23 +27,22 @@ class Mirror:
     still_held: Callable[[], None] = lambda: None
     """Raises when the subject is no longer held, before anything is published."""
 
-    def open(self, with_source: bool) -> None:
-        """Take over what the store knows of the subject: the settings of its last run and, if wanted, its source.
+    def pull_source(self, known: bool) -> None:
+        """Take over what the store knows of the subject: the settings of its last run and its source.
+
+        Args:
+            known: whether the source is what the store has; else new videos are given in its place.
 
         Raises:
-            UserError: there is no such store, or it refuses us.
-            Unavailable: it does not answer.
             StoreDamaged: the source is not what was stored.
         """
-        if self.store is None:
+        if self.store is None or not known:
             return
-        self.store.check()
         self.store.pull_run_record(self.subject)
-        if with_source:
-            with self._damage_set_aside():
-                self.store.pull(self.subject, SOURCE, reporter=self.reporter)
+        with self._damage_set_aside():
+            self.store.pull(self.subject, SOURCE, reporter=self.reporter)
 
-    def publish_source(self) -> None:
+    def push_source(self) -> None:
         """Take the source and the settings of this run to the store."""
         if self.store is not None:
             self.store.push_source(self.subject, self.reporter, self.still_held)
@@ -83,7 +83,7 @@ class Mirror:
         if self.store is not None:
             self.store.push(self.subject, stage, self.reporter, self.still_held)
 
-    def close(self) -> None:
+    def push_report(self) -> None:
         """Take the report to the store."""
         if self.store is not None and self.subject.report.is_file():
             self.still_held()
@@ -101,12 +101,38 @@ class Mirror:
             raise
 
 
-def mirror(
-    store: str | None, subject: Subject, reporter: Reporter, still_held: Callable[[], None] = lambda: None
-) -> Mirror:
+def open_mirror(url: str | None, subject: Subject, reporter: Reporter) -> Mirror:
     """The mirror of a subject at a store's URL, or one that does nothing where there is none.
 
     Raises:
-        UserError: as `open_store`.
+        UserError: there is no such store, or it refuses us.
+        Unavailable: it does not answer.
     """
-    return Mirror(subject, reporter, open_store(store) if store else None, still_held)
+    if url is None:
+        return Mirror(subject, reporter)
+    store = open_store(url)
+    store.check()
+    return Mirror(subject, reporter, store)
+
+
+def in_step(url: str, subject: Subject) -> bool:
+    """Whether a store has the source, settings and stages of the local copy and no others; reads only.
+
+    Raises:
+        UserError, Unavailable: as `open_mirror`.
+    """
+    store = open_store(url)
+    store.check()
+    there = store.manifests(subject.name)
+    here: dict[str, Any] = {path.parent.name: read_manifest(path.parent) for path in subject.root.glob(f"*/{MANIFEST}")}
+    try:
+        here[SOURCE] = {"key": source_key(subject)}
+    except UserError:
+        return False
+    run_record = subject.root / "run.json"
+    return (
+        set(here) == set(there)
+        and all(manifest is not None and manifest["key"] == there[part]["key"] for part, manifest in here.items())
+        and run_record.is_file()
+        and run_record.read_bytes() == store.run_record(subject.name)
+    )

@@ -24,6 +24,7 @@ from pipeline.config import Config, Preset, configure, override, preset_config
 from pipeline.dataset import Dataset, Subject, sha256_file, subject_name_for, write_json
 from pipeline.errors import StageError, SubjectBusy, UserError
 from pipeline.lease import Held, remove_traces
+from pipeline.mirror import Mirror, in_step
 from pipeline.progress import Reporter
 from pipeline.source import (
     alphas_digest,
@@ -80,6 +81,8 @@ class RunRequest(BaseModel):
     """Where to train and render."""
     threads: int = Field(default_factory=usable_cores, ge=1)
     """CPU threads to use."""
+    store: str | None = None
+    """URL of an object store that holds the dataset, such as s3://bucket/folder; `data` is then this machine's copy."""
     wait_minutes: float = Field(0.0, ge=0)
     """How long to wait for a subject that another run holds."""
     stage_minutes: float | None = Field(None, gt=0)
@@ -245,11 +248,14 @@ def _remove_if_empty(subject: Subject) -> None:
 def nothing_to_do(request: RunRequest, stages: Sequence[Stage]) -> list[State] | None:
     """The stages' states when the whole request is already fulfilled, else None. Reads only.
 
-    It also refuses a bad source before anything is started or made for it.
+    It also refuses a bad source, and a store that is none, before anything is started or made for it.
 
     Raises:
-        UserError: as `prepare` and `check_input`.
+        UserError: as `prepare`, `check_input` and `open_store`.
+        Unavailable: the store does not answer.
     """
+    if request.store is not None and not in_step(request.store, request.target()):
+        return None
     subject, config, wanted = prepare(request, stages)
     if not check_input(request, subject):
         return None
@@ -339,11 +345,13 @@ def stage_worker(
     stages: Sequence[Stage],
     config: Config,
     held: Held,
+    mirror: Mirror,
     reporter: Reporter,
 ) -> Iterator[Worker]:
     """Give the function that brings one stage up to date: its manifest, or None when it was fresh already.
 
     The caller holds the subject. With a time limit the stages work in one child process.
+    What the mirror's store has is brought from there, and each stage is taken there once it is finished.
     """
     with contextlib.ExitStack() as stack:
         child = None
@@ -353,9 +361,11 @@ def stage_worker(
             child = stack.enter_context(StageProcess(subject, stages, 60 * request.stage_minutes, held))
 
         def bring_up_to_date(stage: Stage) -> dict[str, Any] | None:
-            until = list(stages).index(stage) + 1
             force = request.first == stage.name
-            if not force and inspect_stages(subject, stages[:until], config)[-1].name == "fresh":
+            until = list(stages).index(stage) + (0 if force else 1)
+            states = mirror.fetch(lambda: inspect_stages(subject, stages[:until], config))
+            if not force and states[-1].name == "fresh":
+                mirror.publish(stage.name)
                 return None
             with stop_signals(held.lost) as stop_requested:
                 how: dict[str, Any] = {
@@ -366,8 +376,11 @@ def stage_worker(
                     "stop_requested": stop_requested,
                 }
                 if child is not None:
-                    return child.run(stage, config, **how)
-                return run_stage(subject, stage, stages, config, still_held=held.check, **how)
+                    manifest = child.run(stage, config, **how)
+                else:
+                    manifest = run_stage(subject, stage, stages, config, still_held=held.check, **how)
+            mirror.publish(stage.name)
+            return manifest
 
         yield bring_up_to_date
 
@@ -383,6 +396,7 @@ def routed(request: RunRequest, subject: Subject, stages: Sequence[Stage]) -> Ru
     forced = request.first if request.first in [stage.name for stage in stages] else None
     return RunRequest(
         data=request.data,
+        store=request.store,
         subject=subject.name,
         first=forced,
         last=stages[-1].name,

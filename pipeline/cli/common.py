@@ -22,6 +22,8 @@ Settings = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="SECTION.FIELD=VALUE")
 ]
 
+Store = Annotated[str | None, tyro.conf.arg(metavar="URL")]
+
 
 @dataclass(frozen=True)
 class Common:

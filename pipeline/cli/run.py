@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.cli.common import Answer, Common, Settings, start_flow
+from pipeline.cli.common import Answer, Common, Settings, Store, start_flow
 from pipeline.errors import UserError
 
 
@@ -42,6 +42,8 @@ class Run(Common):
     """Where to train and render; auto takes a GPU where there is one."""
     stage_minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
     """Time limit of each stage; stages then work in a process of their own, which is ended when it is over."""
+    store: Store = None
+    """An object store that holds the dataset, such as s3://bucket/folder; --data is then this machine's copy."""
     first: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None
     """Run this stage again even if it is fresh, and what follows as needed."""
     last: Annotated[str | None, tyro.conf.arg(name="to", metavar="STAGE")] = None
@@ -73,13 +75,14 @@ class Run(Common):
                 last=self.last,
                 device=self.device,
                 stage_minutes=self.stage_minutes,
+                store=self.store,
             )
         )
 
     def resume_command(self) -> str | None:
         from pipeline.dataset import subject_name_for
 
-        return _rerun_command(self.subject or subject_name_for(self.videos[0]), self.data)
+        return _rerun_command(self.subject or subject_name_for(self.videos[0]), self.data, self.store)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Rerun(Common):
     """Where to train and render; auto takes a GPU where there is one."""
     stage_minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
     """Time limit of each stage; stages then work in a process of their own, which is ended when it is over."""
+    store: Store = None
+    """An object store that holds the dataset, such as s3://bucket/folder; --data is then this machine's copy."""
 
     def answer(self) -> Answer:
         from pipeline.run import RunRequest
@@ -105,11 +110,12 @@ class Rerun(Common):
                 first=self.first,
                 device=self.device,
                 stage_minutes=self.stage_minutes,
+                store=self.store,
             )
         )
 
     def resume_command(self) -> str | None:
-        return _rerun_command(self.subject, self.data)
+        return _rerun_command(self.subject, self.data, self.store)
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,8 @@ class Demo(Common):
         return _rerun_command("demo", self.data)
 
 
-def _rerun_command(subject: str, data: Path) -> str:
-    return shlex.join(["headcast", "rerun", subject, "--data", str(data)])
+def _rerun_command(subject: str, data: Path, store: str | None = None) -> str:
+    return shlex.join(["headcast", "rerun", subject, "--data", str(data), *(["--store", store] if store else [])])
 
 
 def carry_out(request: Any) -> Answer:
@@ -146,12 +152,13 @@ def carry_out(request: Any) -> Answer:
 
     states = nothing_to_do(request, STAGES)
     worked: list[str] = []
-    subject, config, wanted = prepare(request, STAGES)
     if states is None:
         check_writable(request.data)
         from flows.subject import subject_flow
 
         worked = start_flow(subject_flow, request)
+    subject, config, wanted = prepare(request, STAGES)
+    if states is None:
         states = inspect_stages(subject, wanted, config)
     else:
         default_reporter(subject.name).message(f"{subject.name}: everything is fresh, nothing to do.")

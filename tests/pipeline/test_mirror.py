@@ -17,7 +17,7 @@ from object_store import BUCKET, s3_server, set_source, tree
 from pipeline.config import Config, override, preset_config
 from pipeline.dataset import Dataset, write_atomic
 from pipeline.errors import HeadcastError, StoreDamaged
-from pipeline.mirror import Mirror, mirror
+from pipeline.mirror import Mirror, in_step, open_mirror
 from pipeline.progress import SilentReporter
 from pipeline.stage import Result, Stage, StageRun, Verdict, inspect_stages, run_stage
 from pipeline.store import DatasetStore, open_store
@@ -52,19 +52,19 @@ class Machine:
         write_atomic(run.work / "out", f"{name} of {(self.subject.source / 'clip.mp4').read_text()}".encode())
         return Result(Verdict("good", name))
 
-    def run(self, config: Config = CONFIG, *, with_source: bool = True) -> list[str]:
+    def run(self, config: Config = CONFIG, *, known: bool = True) -> list[str]:
         """Bring both stages up to date, as a run does; returns what worked here."""
         self.made.clear()
         self.subject.work.mkdir(parents=True, exist_ok=True)
-        self.mirror.open(with_source)
-        self.mirror.publish_source()
+        self.mirror.pull_source(known)
+        self.mirror.push_source()
         for until, stage in enumerate(self.stages, 1):
             states = self.mirror.fetch(lambda until=until: inspect_stages(self.subject, self.stages[:until], config))
             if states[-1].name != "fresh":
                 run_stage(self.subject, stage, self.stages, config)
             self.mirror.publish(stage.name)
         self.subject.report.write_text("report")
-        self.mirror.close()
+        self.mirror.push_report()
         return list(self.made)
 
 
@@ -103,6 +103,20 @@ def test_what_was_finished_without_the_store_is_kept_and_taken_there(machines: t
     assert first.run(other) == []
 
 
+def test_in_step_means_that_the_store_knows_the_same(machines: tuple[Machine, Machine], store: DatasetStore) -> None:
+    first, second = machines
+    assert not in_step(store.url, first.subject)
+    first.run()
+    assert in_step(store.url, first.subject)
+    assert not in_step(store.url, second.subject)
+    second.run()
+    (second.subject.root / "run.json").write_text("{}")
+    assert not in_step(store.url, second.subject)
+    second.mirror.push_source()
+    assert in_step(store.url, second.subject)
+    assert not in_step(store.url, first.subject), "the settings were changed there"
+
+
 def test_settings_of_the_last_run_travel(machines: tuple[Machine, Machine]) -> None:
     first, second = machines
     first.run()
@@ -110,8 +124,8 @@ def test_settings_of_the_last_run_travel(machines: tuple[Machine, Machine]) -> N
     record = second.subject.root / "run.json"
     assert record.read_bytes() == (first.subject.root / "run.json").read_bytes()
     record.write_text('{"schema": 1}')
-    second.mirror.publish_source()
-    first.mirror.open(with_source=True)
+    second.mirror.push_source()
+    first.mirror.pull_source(known=True)
     assert (first.subject.root / "run.json").read_text() == '{"schema": 1}'
 
 
@@ -141,7 +155,7 @@ def test_a_damaged_source_has_to_be_given_again(machines: tuple[Machine, Machine
         second.run()
     assert "headcast run VIDEO --subject anna" in caught.value.fix
     set_source(second.subject, "abcd")
-    assert second.run(with_source=False) == []
+    assert second.run(known=False) == []
     assert first.run() == []
 
 
@@ -157,7 +171,7 @@ def test_nothing_is_published_by_a_run_that_lost_its_subject(
     second.mirror.still_held = lost
     set_source(second.subject, "wxyz")
     with pytest.raises(HeadcastError, match="took over"):
-        second.run(with_source=False)
+        second.run(known=False)
     assert {path: data for path, data in before.items() if store.fs.cat_file(path) != data} == {}
 
 
@@ -166,7 +180,7 @@ def test_without_a_store_nothing_but_the_run_happens(tmp_path: Path) -> None:
     set_source(machine.subject, "abcd")
     assert machine.run() == ["decode", "track"]
     assert machine.run() == []
-    assert mirror(None, machine.subject, machine.reporter).store is None
+    assert open_mirror(None, machine.subject, machine.reporter).store is None
 
 
 @pytest.fixture
