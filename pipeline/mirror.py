@@ -115,11 +115,16 @@ def open_mirror(url: str | None, subject: Subject, reporter: Reporter) -> Mirror
     return Mirror(subject, reporter, store)
 
 
-def in_step(url: str, subject: Subject) -> bool:
+def in_step(url: str, subject: Subject, new: bool = False) -> bool:
     """Whether a store has the source, settings and stages of the local copy and no others; reads only.
 
+    Args:
+        url: of the store.
+        subject: the local copy.
+        new: whether the subject need not be anywhere yet.
+
     Raises:
-        UserError, Unavailable: as `open_mirror`.
+        UserError, Unavailable: as `open_mirror`; UserError also where neither knows the subject.
     """
     store = open_store(url)
     store.check()
@@ -128,6 +133,12 @@ def in_step(url: str, subject: Subject) -> bool:
     try:
         here[SOURCE] = {"key": source_key(subject)}
     except UserError:
+        if not new and SOURCE not in there:
+            known = ", ".join(store.subjects()) or "none"
+            raise UserError(
+                f"No subject '{subject.name}' in '{store.url}' (there: {known}).",
+                "check the name and --store, or make it with: headcast run VIDEO --subject NAME --store URL",
+            ) from None
         return False
     run_record = subject.root / "run.json"
     return (

@@ -254,7 +254,7 @@ def nothing_to_do(request: RunRequest, stages: Sequence[Stage]) -> list[State] |
         UserError: as `prepare`, `check_input` and `open_store`.
         Unavailable: the store does not answer.
     """
-    if request.store is not None and not in_step(request.store, request.target()):
+    if request.store is not None and not in_step(request.store, request.target(), bool(request.videos)):
         return None
     subject, config, wanted = prepare(request, stages)
     if not check_input(request, subject):
