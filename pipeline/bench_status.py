@@ -15,6 +15,7 @@ from typing import Any
 from pipeline import __version__
 from pipeline.config import Config
 from pipeline.dataset import Dataset, Subject, canonical_json, write_atomic
+from pipeline.dataset_page import PAGE
 from pipeline.run import RUN_RECORD
 from pipeline.stage import MANIFEST, SCHEMA, Level, Stage, Verdict, outputs_digest, section_of, stage_key
 from pipeline.summary import CACHE, summaries
@@ -24,48 +25,61 @@ SERIES = {"decode": ("frames",), "matte": ("alpha", "foreground", "confidence")}
 SINGLES = ("neutral.jpg", "figures.json", "result.npz")
 
 
-def bench(stages: Sequence[Stage], subjects: int, frames: int, report: Callable[[str], None]) -> dict[str, Any]:
-    """Time summaries of a made-up dataset, without and with their caches, and the command itself.
+FRAMES = 200
+
+
+def bench(stages: Sequence[Stage], subjects: int, report: Callable[[str], None]) -> dict[str, Any]:
+    """Time summaries of a made-up dataset, without and with their caches, and the commands themselves.
 
     Args:
         stages: in the order in which they run.
-        subjects: how many are made, all finished.
-        frames: of each; a frame is four outputs in the manifests.
+        subjects: how many are made, all finished, of 200 frames, four outputs a frame.
         report: takes a line before each part.
     """
     with tempfile.TemporaryDirectory(prefix="headcast-bench-") as folder:
         dataset = Dataset(Path(folder))
-        report(f"making {subjects} subjects of {frames} frames")
+        report(f"making {subjects} subjects")
         for number in range(subjects):
-            make_finished_subject(dataset.subject(f"subject-{number:06d}"), stages, frames)
+            make_finished_subject(dataset.subject(f"subject-{number:06d}"), stages, FRAMES)
         report("timing")
         cold = _seconds(lambda: summaries(dataset, stages))
         warm = min(_seconds(lambda: summaries(dataset, stages)) for _ in range(3))
-        command = [sys.executable, "-m", "pipeline.cli", "status", "--data", folder]
-        status = min(_seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(3))
-        told = summaries(dataset, stages)
-        assert all(summary.standing == "fresh" for summary in told)
+        status = min(_seconds(lambda: _command("status", folder)) for _ in range(3))
+        page = min(_seconds(lambda: _command("page", folder)) for _ in range(3))
+        standings = {summary.standing for summary in summaries(dataset, stages)}
+        assert standings == {"fresh"}, standings
         first = dataset.subjects()[0]
         return {
             "schema": 1,
             "subjects": subjects,
-            "frames": frames,
-            "outputs": sum(frames * len(SERIES.get(stage.name, ())) + len(SINGLES) for stage in stages),
+            "outputs": sum(FRAMES * len(SERIES.get(stage.name, ())) + len(SINGLES) for stage in stages),
             "manifest_bytes": sum((first.stage(stage.name) / MANIFEST).stat().st_size for stage in stages),
             "cache_bytes": (first.work / CACHE).stat().st_size,
-            "seconds": {"cold": round(cold, 3), "warm": round(warm, 3), "status": round(status, 3)},
+            "page_bytes": (dataset.root / PAGE).stat().st_size,
+            "seconds": {
+                "cold": round(cold, 3),
+                "warm": round(warm, 3),
+                "status": round(status, 3),
+                "page": round(page, 3),
+            },
         }
+
+
+def _command(name: str, folder: str) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", name, "--data", folder]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def table(document: dict[str, Any]) -> str:
     """The figures of `bench` as text."""
     seconds = document["seconds"]
     rows = [
-        f"{document['subjects']} finished subjects of {document['frames']} frames; each {document['outputs']} outputs, "
+        f"{document['subjects']} finished subjects; each {document['outputs']} outputs, "
         f"{document['manifest_bytes'] / 1e3:.0f} kB of manifests, {document['cache_bytes'] / 1e3:.1f} kB of cache",
         f"summaries without caches  {seconds['cold']:>7.2f} s",
         f"summaries with caches     {seconds['warm']:>7.2f} s",
         f"headcast status           {seconds['status']:>7.2f} s",
+        f"headcast page             {seconds['page']:>7.2f} s, {document['page_bytes'] / 1e6:.1f} MB",
     ]
     return "\n".join(rows)
 

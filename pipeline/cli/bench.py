@@ -25,9 +25,10 @@ class Bench(Common):
     avatars: every avatar model on every clip, likeness on held-out frames beside that of the best training frame and
     other baselines, speed and size, with a picture in --data/SUBJECT/bench/; what is finished there is not done again,
     and the exit code is 1 if a model failed on a clip. ablation: the same for gaussianhead with one part left out each.
+    status: how long it takes to tell how many finished subjects stand, in a made-up dataset; a minute.
     """
 
-    what: tyro.conf.Positional[Literal["raster", "run", "matte", "avatars", "ablation"]] = "raster"
+    what: tyro.conf.Positional[Literal["raster", "run", "matte", "avatars", "ablation", "status"]] = "raster"
     """What to measure."""
     videos: tyro.conf.Positional[tuple[Path, ...]] = ()
     """For run, avatars and ablation: the clips; by default the sample clip. For matte: clips beside the composites."""
@@ -41,6 +42,9 @@ class Bench(Common):
     """For raster: threads of everything; by default as many as torch takes."""
     peak_gflops: float = 456.0
     """For raster: float32 arithmetic per second that the limit supposes, in 1e9 (default: two AMD Zen 5 cores)."""
+
+    subjects: int = 1000
+    """For status: how many."""
 
     def answer(self) -> Answer:
         from pipeline.progress import default_reporter
@@ -62,6 +66,14 @@ class Bench(Common):
             reporter = default_reporter()
             document = bench(threads=self.threads, peak_gflops=self.peak_gflops, report=reporter.message)
             return document, table(document), 0
+        if self.what == "status":
+            if self.subjects < 1:
+                raise UserError(f"--subjects is {self.subjects}.", "give at least 1")
+            from pipeline import bench_status
+            from stages import STAGES
+
+            document = bench_status.bench(STAGES, self.subjects, report=default_reporter().message)
+            return document, bench_status.table(document), 0
         from pipeline import bench_avatars, bench_matte, bench_run
         from pipeline.assets import SAMPLE_CLIP, asset_path, ensure_assets
         from pipeline.config import AVATARS, Config
