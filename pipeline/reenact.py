@@ -477,11 +477,9 @@ def verdict_text(account: dict[str, Any]) -> str:
     )
     if account["held_frames"]:
         text += f" In {counted(account['held_frames'], 'frame')} the driver's face is not seen; the last pose is held."
-    if account["limits"]:
-        rows = list(account["limits"].items())[:3]
-        worst = ", ".join(f"{name} in {counted(row['frames'], 'frame')}" for name, row in rows)
-        text += (
-            f" In {counted(len(account['limits']), 'respect')} it goes beyond what the avatar's clip showed, which is "
-            f"guessed and eased: {worst}{' ...' if len(account['limits']) > len(rows) else ''}."
-        )
+    limits = account["limits"]
+    if limits:
+        worst = [f"{name} in {counted(row['frames'], 'frame')}" for name, row in list(limits.items())[:3]]
+        more = f" and {len(limits) - len(worst)} more" if len(limits) > len(worst) else ""
+        text += f" What the avatar's clip never showed is guessed, and eased: {', '.join(worst)}{more}."
     return text
