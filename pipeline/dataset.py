@@ -137,6 +137,20 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with a hash over itself, `seal`, by which `seal_fits` sees a flipped bit."""
+    plain = json.loads(json.dumps({name: value for name, value in record.items() if name != "seal"}))
+    return {**record, "seal": hashlib.sha256(canonical_json(plain).encode()).hexdigest()}
+
+
+def seal_fits(record: dict[str, Any]) -> bool:
+    """Whether a record is as it was sealed; one of an earlier version has no seal and is believed."""
+    try:
+        return "seal" not in record or record["seal"] == sealed(record)["seal"]
+    except (ValueError, RecursionError):  # numbers and texts that JSON has no place for
+        return False
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON so that a reader sees the old file or the new one, never a part."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
@@ -170,16 +184,20 @@ def read_json(path: Path) -> Any:
         raise UserError(f"Cannot read '{path}': {error}.", "rerun the stage that writes it") from None
 
 
+def fsync_path(path: Path) -> None:
+    """Bring a file's bytes, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def fsync_tree(folder: Path) -> None:
     """Bring a folder's files and names to disk, so that a rename after it never publishes empty files."""
     for path in [*folder.rglob("*"), folder]:
-        if path.is_symlink():
-            continue
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        if not path.is_symlink():
+            fsync_path(path)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import Config, Preset, configure, override, preset_config
-from pipeline.dataset import Dataset, Subject, sha256_file, subject_name_for, write_json
+from pipeline.dataset import Dataset, Subject, fsync_path, seal_fits, sealed, sha256_file, subject_name_for, write_json
 from pipeline.errors import StageError, SubjectBusy, UserError
 from pipeline.lease import Held, remove_traces
 from pipeline.mirror import Mirror, in_step
@@ -134,7 +134,10 @@ def last_config(subject: Subject) -> Config:
     if not record.exists():
         return preset_config("quick")
     try:
-        return Config.model_validate(json.loads(record.read_bytes())["config"])
+        content = json.loads(record.read_bytes())
+        if not seal_fits(content):
+            raise ValueError("a bit was flipped")
+        return Config.model_validate(content["config"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"'{record}' cannot be read as this version's settings.", "name a preset: headcast run VIDEO --preset quick"
@@ -193,7 +196,9 @@ def open_subject(request: RunRequest, subject: Subject, config: Config) -> None:
         register_photo(subject, request.like)
     if request.alpha:
         register_alphas(subject, request.alpha)
-    write_json(subject.root / RUN_RECORD, {"schema": 1, "config": config.model_dump(mode="json")})
+    write_json(subject.root / RUN_RECORD, sealed({"schema": 1, "config": config.model_dump(mode="json")}))
+    for folder in (subject.root, subject.root.parent):  # before anything is published in them
+        fsync_path(folder)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,11 @@ from pipeline.config import DecodeConfig
 from pipeline.dataset import (
     Subject,
     canonical_json,
+    fsync_path,
+    fsync_tree,
     link_or_copy,
+    seal_fits,
+    sealed,
     sha256_file,
     subject_name_for,
     write_atomic,
@@ -84,7 +88,7 @@ def register_photo(subject: Subject, path: Path) -> dict[str, Any]:
     photo = {"name": path.name, "file": f"like-{digest[:12]}{path.suffix.lower()}", "sha256": digest}
     write_atomic(subject.source / photo["file"], data)
     record = {**record, "like": photo}
-    write_json(subject.source / "source.json", record)
+    write_json(subject.source / "source.json", sealed(record))
     if before and before["file"] != photo["file"]:
         (subject.source / before["file"]).unlink(missing_ok=True)
     return record
@@ -204,13 +208,15 @@ def register_alphas(subject: Subject, paths: Sequence[Path]) -> dict[str, Any]:
             incoming = subject.work / "alpha-incoming"
             _remove(incoming)
             _put(alpha, incoming)
+            fsync_tree(incoming)
             _remove(target)
             os.rename(incoming, target)
+            fsync_path(subject.source)
         entries.append(entry)
     if entries == before:
         return record
     record = {**record, "alphas": entries}
-    write_json(subject.source / "source.json", record)
+    write_json(subject.source / "source.json", sealed(record))
     for name in {entry["file"] for entry in before} - {entry["file"] for entry in entries}:
         _remove(subject.source / name)
     return record
@@ -375,7 +381,7 @@ def _take(subject: Subject, given: Sequence[_Given], known: dict[str, Any] | Non
     if known is not None and same:
         clips = [{**entry, "stamp": clip.stamp} for entry, clip in zip(old, given, strict=True)]
         record = {**known, "clips": clips}
-        write_json(subject.source / "source.json", record)
+        write_json(subject.source / "source.json", sealed(record))
         return record
     incoming = subject.work / "source-incoming"
     shutil.rmtree(incoming, ignore_errors=True)
@@ -389,12 +395,14 @@ def _take(subject: Subject, given: Sequence[_Given], known: dict[str, Any] | Non
     if photo and has_photo(subject, photo["sha256"]):
         link_or_copy(subject.source / photo["file"], incoming / photo["file"])
         record["like"] = photo
-    write_json(incoming / "source.json", record)
+    write_json(incoming / "source.json", sealed(record))
+    fsync_tree(incoming)
     replaced = subject.work / "source-replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if subject.source.exists():
         os.rename(subject.source, replaced)
     os.rename(incoming, subject.source)
+    fsync_path(subject.root)
     shutil.rmtree(replaced, ignore_errors=True)
     return record
 
@@ -473,6 +481,9 @@ def _registered(subject: Subject) -> dict[str, Any] | None:
 
     try:
         record = json.loads((subject.source / "source.json").read_bytes())
+        if not seal_fits(record):
+            return None
+        record.pop("seal", None)
         if record["schema"] == 1:
             clip = {name: value for name, value in record.items() if name != "schema"}
             record = {"schema": SCHEMA, "sha256": record["sha256"], "clips": [clip]}

@@ -16,6 +16,8 @@ import os
 import platform
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,7 +26,16 @@ from typing import Any, Literal, TypeVar
 
 from pipeline import __version__
 from pipeline.config import Config, Section
-from pipeline.dataset import Subject, canonical_json, fsync_tree, sha256_file, write_json
+from pipeline.dataset import (
+    Subject,
+    canonical_json,
+    fsync_path,
+    fsync_tree,
+    seal_fits,
+    sealed,
+    sha256_file,
+    write_json,
+)
 from pipeline.errors import HeadcastError, Interrupted, LeaseLost, StageError, Unavailable
 from pipeline.logs import event
 from pipeline.progress import RecordingReporter, Reporter, SilentReporter
@@ -33,6 +44,7 @@ SCHEMA = 1
 MANIFEST = "stage.json"
 SCRATCH = "scratch"
 FAILURE = "failure.json"
+BOOT = ".boot"
 _PASSING = (errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ETXTBSY, errno.EHOSTDOWN)
 """Storage errors that may be gone the next time: a locked file, a file server that stumbles."""
 
@@ -111,6 +123,9 @@ class Stage:
     description: str = ""
     needs: Literal["cpu", "gpu"] = "cpu"
     """The kind of machine it gains from: what sends it to another work pool (`RunRequest.routes`)."""
+    durable: tuple[str, ...] = ()
+    """Patterns of the files in the work folder that the stage brings to disk one by one (`write_atomic`), such as its
+    checkpoints: what a power cut leaves whole. Other files of an unfinished attempt are thrown away after one."""
     data: Callable[[Config], dict[str, str]] = lambda config: {}
     """What this stage reads beside its inputs and settings, such as a head model: name -> digest; part of its key."""
 
@@ -196,7 +211,7 @@ def damaged_output(folder: Path, manifest: dict[str, Any]) -> str | None:
             return f"{entry['path']} has {size} bytes, not {entry['size']}"
         if sha256_file(path) != entry.get("sha256"):
             return f"{entry['path']} was changed"
-    return None
+    return None if seal_fits(manifest) else f"{MANIFEST} was changed"
 
 
 def inspect_stages(subject: Subject, stages: Sequence[Stage], config: Config, *, verify: bool = True) -> list[State]:
@@ -329,11 +344,11 @@ def run_stage(
         and finished.get("key") == state.key
         and damaged_output(work, finished) is None
     ):
-        still_held()
-        publish(subject, stage.name, work)
+        publish(subject, stage.name, work, still_held)
         return finished
     resumed = work.is_dir()
     work.mkdir(parents=True, exist_ok=True)
+    _forget_what_cannot_be_trusted(work, stage)
     (work / FAILURE).unlink(missing_ok=True)
     (work / MANIFEST).unlink(missing_ok=True)
     recorder = RecordingReporter(reporter or SilentReporter(), subject.progress, stage.name)
@@ -387,10 +402,8 @@ def run_stage(
             "verdict": asdict(result.verdict),
             "metrics": result.metrics,
         }
-        fsync_tree(work)
-        write_json(work / MANIFEST, manifest)
-        still_held()
-        publish(subject, stage.name, work)
+        write_json(work / MANIFEST, sealed(manifest))
+        publish(subject, stage.name, work, still_held)
     except OSError as error:
         raise _record_failure(work, _storage_error(stage, subject, error)) from error
     told = {**named, "seconds": manifest["seconds"], "verdict": result.verdict.level}
@@ -405,8 +418,14 @@ def note_failure(subject: Subject, stage: Stage, stages: Sequence[Stage], config
         _record_failure(work, error)
 
 
-def publish(subject: Subject, name: str, work: Path) -> None:
-    """Put a finished work folder of a stage in its place by rename, and clear what other attempts of it left."""
+def publish(subject: Subject, name: str, work: Path, still_held: Callable[[], None] = lambda: None) -> None:
+    """Put a finished work folder in its place by rename, and clear what other attempts of the stage left.
+
+    Files, names and the manifest are on disk before the rename, the rename before anything is removed: whenever the
+    power fails, the old files or the new ones are there in full.
+    """
+    fsync_tree(work)
+    still_held()
     target = subject.stage(name)
     old = subject.work / f"{name}-replaced"
     shutil.rmtree(old, ignore_errors=True)
@@ -414,13 +433,45 @@ def publish(subject: Subject, name: str, work: Path) -> None:
         os.rename(target, old)
     os.rename(work, target)
     for folder in (subject.root, subject.work):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        fsync_path(folder)
     for leftover in subject.work.glob(f"{name}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _forget_what_cannot_be_trusted(work: Path, stage: Stage) -> None:
+    """Drop damaged archives of an attempt; of one begun before the machine was started also what was not flushed.
+
+    Files of single frames are not flushed one by one, which would take longer than to make them. After a power cut
+    they may be there by name, empty or torn, and would be taken for finished.
+    """
+    boot, mark = _boot(), work / BOOT
+    try:
+        same = mark.read_text() == boot
+    except (OSError, ValueError):
+        same = False
+    durable = {path for pattern in stage.durable for path in work.glob(pattern)}
+    for path in sorted(work.rglob("*")):
+        if not path.is_dir() and ((not same and path not in durable) or (path.suffix == ".npz" and not _is_zip(path))):
+            path.unlink()
+    if not same:
+        mark.write_text(boot)
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether every member of an archive has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def _boot() -> str:
+    """Which start of the machine this is; the same always where the kernel does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return "unknown"
 
 
 def _list_outputs(work: Path) -> list[dict[str, Any]]:

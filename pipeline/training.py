@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from pipeline.perceptual import PerceptualLoss
     from pipeline.rasterize import Render
 
-CHECKPOINT_SCHEMA = 2
+CHECKPOINT_SCHEMA = 3
 MONITORED_FRAMES = 4
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -252,6 +252,7 @@ class Trainer:
             "log": [asdict(entry) for entry in self.log],
         }
         ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        described["sha256"] = _checkpoint_digest(described, ready)
         write_atomic(folder / CHECKPOINT, save(ready, {"headcast": canonical_json(described)}))
         self._saved_step = self.step_count
 
@@ -276,6 +277,8 @@ class Trainer:
                     raise StageError(
                         f"The checkpoint '{path}' has {name} {described.get(name)}, this run {value}.", restart
                     )
+            if described.pop("sha256", None) != _checkpoint_digest(described, tensors):
+                raise ValueError("its bytes were changed")
             self._go_on(described, tensors)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise StageError(f"The checkpoint '{path}' cannot be read: {error}.", restart) from error
@@ -381,6 +384,14 @@ def _optimisers(groups: list[ParameterGroup]) -> dict[bool, torch.optim.Optimize
 @functools.lru_cache(maxsize=2)
 def _shuffled(seed: int, first: int, turn: int, count: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, 1, first, turn]).permutation(count)
+
+
+def _checkpoint_digest(described: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Hash over all of a checkpoint, which its format has none of."""
+    digest = hashlib.sha256(canonical_json(described).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _digest(data: TrainingData) -> str:

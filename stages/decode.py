@@ -498,4 +498,11 @@ def _verdict(record: dict[str, Any], readings: list[Reading]) -> Verdict:
     return Verdict(level, "; ".join([text, *remarks]) + ".", "contact.jpg")
 
 
-STAGE = Stage("decode", 3, (), decode, description="frames of every shot that is long enough")
+STAGE = Stage(
+    name="decode",
+    version=3,
+    inputs=(),
+    run=decode,
+    durable=("scratch/survey-*.npz",),
+    description="frames of every shot that is long enough",
+)

@@ -553,6 +553,7 @@ STAGE = Stage(
     10,
     ("decode", "track", "matte"),
     fit,
+    durable=(f"scratch/{CHECKPOINT}",),
     description="camera, head shape, poses and expressions",
     data=lambda config: {"head": head_data(config.fit.head)},
 )

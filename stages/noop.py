@@ -85,5 +85,6 @@ def work(run: StageRun) -> Result:
 
 
 STAGES: tuple[Stage, ...] = tuple(
-    Stage(name, 1, inputs, work, needs="gpu" if name == "train" else "cpu") for name, inputs in ORDER.items()
+    Stage(name, 1, inputs, work, needs="gpu" if name == "train" else "cpu", durable=("*", "scratch/*"))
+    for name, inputs in ORDER.items()
 )

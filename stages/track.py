@@ -763,5 +763,6 @@ STAGE = Stage(
     ("decode",),
     track,
     assets=lambda config: (FACE_LANDMARKER, PALM_DETECTION, HAND_LANDMARK),
+    durable=("scratch/faces-*.npz",),
     description="landmarks, expression scores and flags",
 )

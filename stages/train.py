@@ -196,5 +196,6 @@ STAGE = Stage(
     run=run,
     reads=("evaluate.holdout", "evaluate.min_holdout_frames"),
     needs="gpu",
+    durable=("scratch/*.safetensors",),
     description="from crops, alphas and the fit to a Gaussian avatar",
 )

@@ -203,6 +203,10 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, monkeypatch: 
         (tmp_path / CHECKPOINT).write_bytes(good.replace(name, b"X" + name[1:]))
         with pytest.raises(StageError, match="cannot be read"):
             Trainer(training_data(), CONFIG, threads=1).resume(tmp_path)
+    for place in (len(good) - 1, len(good) // 2):
+        (tmp_path / CHECKPOINT).write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(StageError, match="its bytes were changed"):
+            Trainer(training_data(), CONFIG, threads=1).resume(tmp_path)
     (tmp_path / CHECKPOINT).write_bytes(good)
     with pytest.raises(StageError, match="clip"):
         Trainer(part(training_data(), slice(0, 20)), CONFIG, threads=1).resume(tmp_path)
@@ -211,7 +215,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(StageError, match=r"head anny .*, this run flame 2023"):
         other.resume(tmp_path)
     monkeypatch.setattr(training, "CHECKPOINT_SCHEMA", 99)
-    with pytest.raises(StageError, match="schema 2, this run 99"):
+    with pytest.raises(StageError, match="schema 3, this run 99"):
         trainer.resume(tmp_path)
     (tmp_path / CHECKPOINT).write_bytes(b"not a checkpoint")
     with pytest.raises(StageError, match=r"cannot be read(.|\n)*delete"):
