@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import glob
@@ -284,7 +285,7 @@ def _read_table(pool: Pool, path: Path, reading: Reading) -> None:
             found = True
             reading.take(f"{path} row {rows.line_num}", _row_run, pool, path.parent, row)
     except csv.Error as error:
-        raise UserError(f"row {rows.line_num} cannot be read as CSV: {error}") from None
+        raise UserError(f"it cannot be read as CSV after row {rows.line_num}: {error}") from None
     if not found:
         raise UserError("there is no row below the header")
 
@@ -295,7 +296,7 @@ def _table_text(path: Path) -> str:
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise UserError(f"a table of more than {MAX_TABLE_BYTES >> 20} MB is not read")
     data = path.read_bytes()
-    if not data.strip():
+    if not data.removeprefix(codecs.BOM_UTF8).strip():
         raise UserError("the table is empty")
     try:
         return data.decode("utf-8-sig")
