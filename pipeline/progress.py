@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -292,8 +293,21 @@ class RecordingReporter:
             log.debug("progress cannot be written to %s: %s", self._path, error)
 
 
+_chosen: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
+
+
+@contextmanager
+def reporting(reporter: Reporter) -> Iterator[None]:
+    """Make this the default reporter of what is called here, in this thread."""
+    token = _chosen.set(reporter)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
 def default_reporter(subject: str | None = None) -> Reporter:
-    """JSON lines where HEADCAST_LOG=json asks for them, bars where standard error is a terminal, else lines.
+    """The reporter that `reporting` has set; else JSON lines where HEADCAST_LOG=json asks for them, bars where standard error is a terminal, else lines.
 
     Args:
         subject: whose work it is, for lines that name it.
@@ -301,6 +315,8 @@ def default_reporter(subject: str | None = None) -> Reporter:
     Raises:
         UserError: HEADCAST_LOG asks for what there is not.
     """
+    if (chosen := _chosen.get()) is not None:
+        return chosen
     if json_wanted():
         return JsonReporter(subject=subject)
     return RichReporter() if sys.stderr.isatty() else PlainReporter()

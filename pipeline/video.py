@@ -472,18 +472,20 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         UserError: there are none.
     """
-    import re
-
-    def natural(path: Path) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name.lower())]
-
-    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()), key=natural)
+    files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()]
     if not files:
         raise UserError(
             f"There are no images in the folder '{folder}'.",
             f"name a video, or a folder with files that end in {', '.join(IMAGE_SUFFIXES)}",
         )
-    return files
+    return sorted(files, key=natural_order)
+
+
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """Sorts names as people do: numbers by value, without regard to case."""
+    import re
+
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name.lower())]
 
 
 def to_standard_range(signal: NDArray[np.uint16], transfer: str) -> NDArray[np.uint8]:
