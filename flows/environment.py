@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pipeline.logs import json_wanted, set_up_logging
+from pipeline.run import usable_cores
+from pipeline.supervision import end_with_parent, environments
 
 SILENT = {
     "DO_NOT_TRACK": "1",
@@ -31,6 +34,9 @@ _SETTINGS = {
 
 # An embedded server inherits this mark of the process that started it.
 _MARK = "HEADCAST_PROCESS"
+# Processes of a service, and those that they start, inherit the folder of its database.
+MARK_SERVICE = "HEADCAST_SERVICE"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def quiet_prefect() -> None:
@@ -74,11 +80,47 @@ def _own_home() -> Path:
 
 def end_orphaned_servers() -> None:
     """End embedded servers whose headcast was killed: `kill -9` leaves it no time to do so itself (Linux)."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = dict(entry.partition(b"=")[::2] for entry in (folder / "environ").read_bytes().split(b"\0"))
-            starter = environment.get(_MARK.encode(), b"").decode()
-            if starter and b"PREFECT__SERVER_EPHEMERAL" in environment and not Path("/proc", starter).exists():
-                os.kill(int(folder.name), signal.SIGTERM)
-        except OSError:  # another user's process, or one that ended meanwhile
-            continue
+    for process, environment in environments():
+        starter = environment.get(_MARK, "")
+        if starter and "PREFECT__SERVER_EPHEMERAL" in environment and not Path("/proc", starter).exists():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+
+
+def service_environment(home: Path, url: str, host: str, runs: int) -> dict[str, str]:
+    """What a service's children are started with.
+
+    Args:
+        home: the folder of its database.
+        url: of its API.
+        host: what it listens on.
+        runs: subjects at work at one time, which share the cores.
+    """
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in (_MARK, "PREFECT_PROFILE")},
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_UI_ENABLED": "true",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",  # to the log files
+        "PREFECT_WORKER_QUERY_SECONDS": "3",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "HEADCAST_THREADS": str(max(usable_cores() // runs, 1)),
+        MARK_SERVICE: str(home),
+    }
+    return environment if host in LOOPBACK else {**environment, "PREFECT_SERVER_UI_API_URL": "/api"}
+
+
+def gpu_count() -> int:
+    """NVIDIA devices of this machine, told without loading torch."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def in_worker() -> bool:
+    """Whether a worker started this process for a run."""
+    return "PREFECT__FLOW_RUN_ID" in os.environ
+
+
+def end_with_worker() -> None:
+    """Have a run that a worker started stop when that worker dies: nobody would hear what comes of it."""
+    if in_worker():
+        end_with_parent()

@@ -7,10 +7,11 @@ ends as `Cached` without working, so results can never drift apart from the file
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable
 from typing import Any
 
-from flows.environment import quiet_prefect, shield_server
+from flows.environment import end_with_worker, in_worker, quiet_prefect, shield_server
 from pipeline.threads import one_blas_thread
 
 quiet_prefect()
@@ -19,14 +20,14 @@ one_blas_thread()
 from prefect import Task, flow  # noqa: E402  the environment must be set first
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.deployments import run_deployment  # noqa: E402
-from prefect.exceptions import ObjectNotFound  # noqa: E402
+from prefect.exceptions import ObjectNotFound, TerminationSignal  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 from prefect.tasks import exponential_backoff  # noqa: E402
 
 from pipeline.assets import ensure_assets  # noqa: E402
 from pipeline.config import Config  # noqa: E402
-from pipeline.errors import HeadcastError, StageDied, StageError, UserError  # noqa: E402
+from pipeline.errors import HeadcastError, Interrupted, StageDied, StageError, UserError  # noqa: E402
 from pipeline.mirror import open_mirror  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
 from pipeline.report import build_report  # noqa: E402
@@ -46,6 +47,7 @@ from pipeline.stage import Stage  # noqa: E402
 from stages import STAGES  # noqa: E402
 
 shield_server()
+end_with_worker()
 
 RETRIES = 3
 BACKOFF_SECONDS = 5.0
@@ -101,11 +103,15 @@ def subject_flow(request: RunRequest) -> list[str]:
                             reporter.message(f"{label}: {manifest['seconds']:.1f} s. {manifest['verdict']['text']}")
                         else:
                             reporter.message(f"{label}: fresh, left as it is")
-        except BaseException:
+        except BaseException as error:
             # A full disk or a store that is down must not hide the stage's own error.
             with contextlib.suppress(OSError, HeadcastError):
                 build_report(subject, STAGES, config)
                 mirror.push_report()
+            if isinstance(error, Interrupted) and in_worker():
+                # Tells Prefect that this run was stopped and has not failed: it is cancelled if that was asked for,
+                # else crashed, and then scheduled again.
+                raise TerminationSignal(signal.SIGTERM) from error
             raise
         build_report(subject, STAGES, config)
         exchange(mirror.push_report)

@@ -307,7 +307,7 @@ def reporting(reporter: Reporter) -> Iterator[None]:
 
 
 def default_reporter(subject: str | None = None) -> Reporter:
-    """The reporter that `reporting` has set; else JSON lines where HEADCAST_LOG=json asks for them, bars where standard error is a terminal, else lines.
+    """The reporter that `reporting` has set; else JSON lines where HEADCAST_LOG=json asks for them, bars or lines.
 
     Args:
         subject: whose work it is, for lines that name it.

@@ -52,6 +52,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_threads() -> int:
+    """Threads of a run that is not told: its share of the cores (HEADCAST_THREADS), or all of them."""
+    told = os.environ.get("HEADCAST_THREADS", "")
+    return int(told) if told.isdecimal() and int(told) else usable_cores()
+
+
 class RunRequest(BaseModel):
     """One run of one subject, as typed on the command line or given to a deployment."""
 
@@ -79,7 +85,7 @@ class RunRequest(BaseModel):
     """Stop after this stage."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train and render."""
-    threads: int = Field(default_factory=usable_cores, ge=1)
+    threads: int = Field(default_factory=default_threads, ge=1)
     """CPU threads to use."""
     store: str | None = None
     """URL of an object store that holds the dataset, such as s3://bucket/folder; `data` is then this machine's copy."""

@@ -19,6 +19,7 @@ from pipeline.cli.common import Common
 from pipeline.cli.doctor import Doctor
 from pipeline.cli.reenact import Reenact
 from pipeline.cli.run import Demo, Rerun, Run
+from pipeline.cli.service import Cancel, Queue, Serve, Submit
 from pipeline.cli.status import Page, Status
 from pipeline.errors import HeadcastError, Interrupted, UserError
 from pipeline.logs import VARIABLE, json_line, set_up_logging
@@ -30,6 +31,10 @@ COMMANDS: dict[str, Callable[..., Common]] = {
     "status": Status,
     "page": Page,
     "rerun": Rerun,
+    "serve": Serve,
+    "submit": Submit,
+    "queue": Queue,
+    "cancel": Cancel,
     "doctor": Doctor,
     "assets": Assets,
     "demo": Demo,

@@ -52,6 +52,14 @@ class Run(Common):
     """Change a setting, for example --set train.steps=500; may be given several times (docs/settings.md lists all)."""
 
     def answer(self) -> Answer:
+        return carry_out(self.request())
+
+    def request(self) -> Any:
+        """The options as a `RunRequest`.
+
+        Raises:
+            UserError: no video is named.
+        """
         from pipeline.run import RunRequest
 
         if not self.videos:
@@ -61,22 +69,20 @@ class Run(Common):
         settings = [f"train.avatar={self.avatar}", f"fit.head={self.head}", *self.set]
         if self.person is not None:
             settings.append(f"track.person={self.person}")
-        return carry_out(
-            RunRequest(
-                data=self.data,
-                subject=self.subject,
-                videos=self.videos,
-                like=self.like,
-                alpha=self.alpha,
-                check=not self.no_check,
-                preset=self.preset,
-                settings=tuple(settings),
-                first=self.first,
-                last=self.last,
-                device=self.device,
-                stage_minutes=self.stage_minutes,
-                store=self.store,
-            )
+        return RunRequest(
+            data=self.data,
+            subject=self.subject,
+            videos=self.videos,
+            like=self.like,
+            alpha=self.alpha,
+            check=not self.no_check,
+            preset=self.preset,
+            settings=tuple(settings),
+            first=self.first,
+            last=self.last,
+            device=self.device,
+            stage_minutes=self.stage_minutes,
+            store=self.store,
         )
 
     def resume_command(self) -> str | None:

@@ -1,0 +1,150 @@
+"""`headcast serve`: a service for a dataset on this machine, and what is asked of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipeline.cli.common import Answer, Common
+from pipeline.cli.run import Run
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Serve(Common):
+    """Serve a dataset: a queue of subjects with a page to look at, until Ctrl+C.
+
+    Server and worker are started again when they die; runs go on where they were.
+    """
+
+    host: str = "127.0.0.1"
+    """What to listen on; anything but loopback is open to others."""
+    port: int | None = None
+    """Port of the server; by default 4200 or the next free one."""
+    limit: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Subjects at work at one time; they share the cores."""
+    pool: tyro.conf.UseAppendAction[tuple[Literal["cpu", "gpu"], ...]] = ()
+    """Work pool that this machine serves, may be given twice; by default cpu, and gpu where there is a GPU."""
+    nightly: Annotated[str | None, tyro.conf.arg(metavar="CRON")] = None
+    """When to bring everything up to date by itself, for example "0 22 * * *"; needs --timezone."""
+    timezone: Annotated[str | None, tyro.conf.arg(metavar="ZONE")] = None
+    """Whose clock --nightly means, for example Europe/Berlin."""
+
+    def answer(self) -> Answer:
+        from flows.environment import gpu_count
+        from flows.service import Options, serve
+        from pipeline.run import check_writable
+
+        check_writable(self.data)
+        if self.limit < 1:
+            raise UserError(f"--limit is {self.limit}.", "at least one subject must be at work")
+        pools = self.pool or (("cpu", "gpu") if gpu_count() else ("cpu",))
+        options = Options(self.data, self.host, self.port, self.limit, pools, self.nightly, self.timezone)
+        record = serve(options, _say)
+        return record, "Stopped.", 0
+
+
+@dataclass(frozen=True)
+class Submit(Run):
+    """Put videos of one person in the queue of a running service; it is checked here as `headcast run` would.
+
+    The service is the dataset's own (headcast serve), or the one that PREFECT_API_URL names.
+    """
+
+    watch: bool = False
+    """Wait until it has ended, and end with its exit code."""
+    deployment: Annotated[str, tyro.conf.arg(metavar="FLOW/NAME")] = "subject/subject"
+    """What the server is to carry out."""
+
+    def answer(self) -> Answer:
+        from pipeline.run import check_writable, nothing_to_do
+        from stages import STAGES
+
+        requests = [self.request()]
+        for request in requests:
+            nothing_to_do(request, STAGES)  # refuses what is at fault
+            check_writable(request.data)
+        from flows.following import follow
+        from flows.queue import prepared, submit
+        from flows.server import connect
+
+        with connect(self.data) as client:
+            runs = submit(client, self.deployment, [prepared(request) for request in requests])
+            for run in runs:
+                if run.waits_for_worker:
+                    _say(
+                        f"No worker polls pool '{run.pool}' now; '{run.name}' waits for one: "
+                        f"headcast serve, or prefect worker start --pool {run.pool}"
+                    )
+            code = follow(client, runs, _say) if self.watch else 0
+        text = "\n".join(f"{run.name}  {run.id}  {run.page}" for run in runs)
+        return {"schema": 1, "runs": [asdict(run) for run in runs]}, text, code
+
+    def resume_command(self) -> str | None:
+        return None  # the service goes on without us
+
+
+@dataclass(frozen=True)
+class Queue(Common):
+    """Show what is running, waiting, late or failed lately, and why."""
+
+    all: bool = False
+    """Of every dataset that the server knows, not only of --data."""
+    watch: bool = False
+    """Show it anew every two seconds, until Ctrl+C."""
+
+    def answer(self) -> Answer:
+        from flows.queue import queue
+        from flows.server import connect
+
+        with connect(self.data) as client:
+            while True:
+                lines = queue(client, None if self.all else self.data)
+                if not self.watch:
+                    return {"schema": 1, "runs": lines}, _queue_text(lines), 0
+                clear = "\033[H\033[2J" if sys.stderr.isatty() else ""
+                sys.stderr.write(f"{clear}{_queue_text(lines)}\n")
+                time.sleep(2.0)
+
+
+@dataclass(frozen=True)
+class Cancel(Common):
+    """Cancel runs that wait or are at work; a stage at work leaves after its step, and what is done is kept."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_OR_SUBJECT...")] = ()
+    """A run's id (or how it begins), its name, or its subject."""
+    all: bool = False
+    """Every run of this dataset."""
+
+    def answer(self) -> Answer:
+        from flows.queue import cancel
+        from flows.server import connect
+
+        if bool(self.runs) == self.all:
+            raise UserError("Say which runs to cancel.", "headcast cancel RUN or SUBJECT, or --all")
+        with connect(self.data) as client:
+            lines = cancel(client, self.runs, self.data, self.all)
+        told = {"Cancelling": "its stage leaves after this step, and what is done is kept"}
+        text = "\n".join(
+            f"{line['name']}  {line['state']}: {told.get(line['state'], line['reason'])}" for line in lines
+        )
+        return {"schema": 1, "runs": lines}, text or "Nothing is waiting or at work.", 0
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _queue_text(lines: list[dict[str, Any]]) -> str:
+    if not lines:
+        return "The queue is empty."
+    rows = []
+    for line in lines:
+        what = line["progress"] or line["reason"] or ""
+        rows.append(f"{line['group']:<10}{line['name']:<28}{line['state']:<16}{line['id'][:8]}  {what}".rstrip())
+    return "\n".join(rows)
