@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.environment import quiet_prefect, shield_server
+from flows.environment import quiet_prefect
 from pipeline.threads import one_blas_thread
 
 quiet_prefect()
@@ -13,11 +13,10 @@ one_blas_thread()
 from prefect import flow  # noqa: E402  the environment must be set first
 from prefect.runtime import flow_run  # noqa: E402
 
+from flows.subject import attempt  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
 from pipeline.reenact import ReenactRequest, check_reenact, reenact  # noqa: E402
 from pipeline.run import stop_signals  # noqa: E402
-
-shield_server()
 
 
 def _run_name() -> str:
@@ -34,5 +33,10 @@ def reenact_flow(request: ReenactRequest) -> dict[str, Any]:
     Raises:
         HeadcastError: the request is at fault, or a subject's files are.
     """
+    return dict(attempt("reenact", check_and_reenact, request))
+
+
+def check_and_reenact(request: ReenactRequest) -> dict[str, Any]:
+    """The flow's work; done again when a subject was worked on while it was read."""
     with stop_signals() as stop_requested:
         return reenact(check_reenact(request), default_reporter(), stop_requested)

@@ -199,14 +199,7 @@ def check_reenact(request: ReenactRequest) -> Plan:
     dataset = Dataset(request.data)
     avatar, drive = dataset.existing(request.avatar), dataset.existing(request.drive)
     keys = {"avatar": _keys(avatar, AVATAR_STAGES), "drive": _keys(drive, DRIVE_STAGES)}
-    description = read_json(avatar.stage("train") / DESCRIPTION)
-    try:
-        names, trained_at = description["expression_names"], int(description["training"]["resolution"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise StageError(
-            f"'{avatar.stage('train') / DESCRIPTION}' lacks {error}.",
-            f"train it again: headcast rerun {avatar.name} --from train",
-        ) from None
+    names, trained_at = _trained(avatar.stage("train") / DESCRIPTION)
     clips = load_clip(avatar, request.resolution or trained_at), load_clip(drive, trained_at)
     for clip in clips:
         check_names(clip.expression_names, names)
@@ -237,6 +230,24 @@ def _keys(subject: Subject, stages: tuple[str, ...]) -> dict[str, str]:
                     f"bring it up to date with: headcast rerun {subject.name}",
                 )
     return {stage: str((manifest or {})["key"]) for stage, manifest in manifests.items()}
+
+
+def _trained(path: Path) -> tuple[list[str], int]:
+    """What drives a trained avatar, and the resolution it was trained at."""
+    description = read_json(path)
+    try:
+        names, resolution = (
+            [str(name) for name in description["expression_names"]],
+            description["training"]["resolution"],
+        )
+        if not isinstance(resolution, int) or not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
+            raise ValueError(f"a resolution of {resolution}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise StageError(
+            f"'{path}' is not what training writes: {type(error).__name__} {error}.",
+            f"train it again: headcast rerun {path.parent.parent.name} --from train",
+        ) from None
+    return names, resolution
 
 
 def _span(request: ReenactRequest, drive: Clip) -> tuple[int, int]:
