@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,10 +42,12 @@ def bench(stages: Sequence[Stage], subjects: int, report: Callable[[str], None])
         for number in range(subjects):
             make_finished_subject(dataset.subject(f"subject-{number:06d}"), stages, FRAMES)
         report("timing")
-        cold = _seconds(lambda: summaries(dataset, stages))
-        warm = min(_seconds(lambda: summaries(dataset, stages)) for _ in range(3))
-        status = min(_seconds(lambda: _command("status", folder)) for _ in range(3))
-        page = min(_seconds(lambda: _command("page", folder)) for _ in range(3))
+        seconds = {
+            "without_caches": _seconds(lambda: summaries(dataset, stages), times=1),
+            "with_caches": _seconds(lambda: summaries(dataset, stages)),
+            "status": _seconds(lambda: _command("status", folder)),
+            "page": _seconds(lambda: _command("page", folder)),
+        }
         standings = {summary.standing for summary in summaries(dataset, stages)}
         assert standings == {"fresh"}, standings
         first = dataset.subjects()[0]
@@ -56,12 +58,8 @@ def bench(stages: Sequence[Stage], subjects: int, report: Callable[[str], None])
             "manifest_bytes": sum((first.stage(stage.name) / MANIFEST).stat().st_size for stage in stages),
             "cache_bytes": (first.work / CACHE).stat().st_size,
             "page_bytes": (dataset.root / PAGE).stat().st_size,
-            "seconds": {
-                "cold": round(cold, 3),
-                "warm": round(warm, 3),
-                "status": round(status, 3),
-                "page": round(page, 3),
-            },
+            "seconds": {name: wall for name, (wall, _) in seconds.items()},
+            "cpu_seconds": {name: cpu for name, (_, cpu) in seconds.items()},
         }
 
 
@@ -72,15 +70,19 @@ def _command(name: str, folder: str) -> None:
 
 def table(document: dict[str, Any]) -> str:
     """The figures of `bench` as text."""
-    seconds = document["seconds"]
+    titles = {
+        "without_caches": "summaries without caches",
+        "with_caches": "summaries with caches",
+        "status": "headcast status",
+        "page": f"headcast page, {document['page_bytes'] / 1e6:.1f} MB",
+    }
     rows = [
         f"{document['subjects']} finished subjects; each {document['outputs']} outputs, "
-        f"{document['manifest_bytes'] / 1e3:.0f} kB of manifests, {document['cache_bytes'] / 1e3:.1f} kB of cache",
-        f"summaries without caches  {seconds['cold']:>7.2f} s",
-        f"summaries with caches     {seconds['warm']:>7.2f} s",
-        f"headcast status           {seconds['status']:>7.2f} s",
-        f"headcast page             {seconds['page']:>7.2f} s, {document['page_bytes'] / 1e6:.1f} MB",
+        f"{document['manifest_bytes'] / 1e3:.0f} kB of manifests, {document['cache_bytes'] / 1e3:.1f} kB of cache"
     ]
+    for name, title in titles.items():
+        wall, cpu = document["seconds"][name], document["cpu_seconds"][name]
+        rows.append(f"{title:<26}{wall:>7.2f} s, {cpu:.2f} s of a core")
     return "\n".join(rows)
 
 
@@ -135,7 +137,13 @@ def _write(path: Path, value: Any) -> None:
     write_atomic(path, canonical_json(value).encode(), sync=False)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def _seconds(work: Callable[[], object], times: int = 3) -> tuple[float, float]:
+    """Wall time and CPU time, children's included, each the least of so many runs."""
+    walls, cpus = [], []
+    for _ in range(times):
+        before = os.times()
+        work()
+        after = os.times()
+        walls.append(after.elapsed - before.elapsed)
+        cpus.append(sum(after[:4]) - sum(before[:4]))
+    return round(min(walls), 2), round(min(cpus), 2)
