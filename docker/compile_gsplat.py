@@ -9,12 +9,12 @@ version only, so run it with the interpreter that shall use it.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def compile_kernels(architectures: list[str]) -> None:
-    packages = Path(importlib.util.find_spec("gsplat").submodule_search_locations[0]).parent
+    packages = Path(sysconfig.get_path("purelib"))
     gsplat, toolkit = packages / "gsplat", next((packages / "nvidia").glob("cu[0-9]*"))
     with tempfile.TemporaryDirectory() as folder:
         # A wheel's libraries lie in `lib` under their full names; a linker looks for short ones in `lib64`.
@@ -49,7 +49,8 @@ def compile_kernels(architectures: list[str]) -> None:
         (home / "lib64").mkdir()
         for library in (toolkit / "lib").glob("lib*.so.*"):
             (home / "lib64" / f"{library.name.partition('.so')[0]}.so").symlink_to(library)
-        os.environ |= {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": ";".join(architectures)}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja's wheel is there
+        os.environ |= {"PATH": path, "CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": ";".join(architectures)}
         from torch.utils import cpp_extension  # reads the environment when it is imported
 
         build = Path(folder, "build")
