@@ -396,6 +396,21 @@ def stage_worker(
         yield bring_up_to_date
 
 
+def carry_out(request: RunRequest, stages: Sequence[Stage], reporter: Reporter) -> list[str]:
+    """Bring a subject up to date in this process, without an orchestrator: nothing is tried again, no report written.
+
+    Returns the stages that worked.
+
+    Raises:
+        HeadcastError: the request is at fault, or a stage failed.
+    """
+    subject, config, wanted = prepare(request, stages)
+    with hold(subject, request.wait_minutes) as held:
+        open_subject(request, subject, config)
+        with stage_worker(request, subject, stages, config, held, reporter) as work:
+            return [stage.name for stage in wanted if work(stage) is not None]
+
+
 def segments(request: RunRequest, stages: Sequence[Stage]) -> list[tuple[str | None, list[Stage]]]:
     """Neighbouring stages that run in one place: with the deployment they are sent to, or None for here."""
     parts = itertools.groupby(stages, key=lambda stage: request.routes.get(stage.needs))
