@@ -407,7 +407,7 @@ def carry_out(request: RunRequest, stages: Sequence[Stage], reporter: Reporter) 
     subject, config, wanted = prepare(request, stages)
     with hold(subject, request.wait_minutes) as held:
         open_subject(request, subject, config)
-        with stage_worker(request, subject, stages, config, held, reporter) as work:
+        with stage_worker(request, subject, stages, config, held, Mirror(subject, reporter), reporter) as work:
             return [stage.name for stage in wanted if work(stage) is not None]
 
 

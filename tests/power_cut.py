@@ -127,7 +127,9 @@ class Recorder:
                 }
         names = {node: dict(entries) for node, entries in self.before.items()}
         for index, event in enumerate(past):
-            if isinstance(event, Change) and (index in sure or kept == "all" or (kept == "some" and rng.random() < 0.5)):
+            if isinstance(event, Change) and (
+                index in sure or kept == "all" or (kept == "some" and rng.random() < 0.5)
+            ):
                 for folder, name, node in event.names:
                     entries = names.setdefault(folder, {})
                     if node is None:
