@@ -82,11 +82,13 @@ class Page(Common):
     def answer(self) -> Answer:
         from pipeline.dataset import Dataset
         from pipeline.dataset_page import METRICS, write_dataset_page
+        from pipeline.run import check_writable
         from stages import STAGES
 
         dataset = Dataset(self.data)
         if not dataset.root.is_dir():
             raise UserError(f"There is no data folder '{self.data}'.", "name it with --data")
+        check_writable(self.data)
         page = write_dataset_page(dataset, STAGES)
         return {"schema": 1, "page": str(page), "metrics": str(dataset.root / METRICS)}, str(page), 0
 
