@@ -27,7 +27,14 @@ from prefect.tasks import exponential_backoff  # noqa: E402
 
 from pipeline.assets import ensure_assets  # noqa: E402
 from pipeline.config import Config  # noqa: E402
-from pipeline.errors import HeadcastError, Interrupted, StageDied, StageError, UserError  # noqa: E402
+from pipeline.errors import (  # noqa: E402
+    HeadcastError,
+    Interrupted,
+    LeaseLost,
+    StageDied,
+    StageError,
+    UserError,
+)
 from pipeline.mirror import open_mirror  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
 from pipeline.report import build_report  # noqa: E402
@@ -161,7 +168,7 @@ def attempt(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
 
 def _can_help(step: Any, run: Any, state: Any) -> bool:
     error = state.result(raise_on_failure=False)
-    if not getattr(error, "retryable", False):
+    if not getattr(error, "retryable", False) or isinstance(error, LeaseLost):  # that takes a new run
         return False
     default_reporter().message(f"{step.name}: {getattr(error, 'what', error)} Trying again up to {RETRIES} times.")
     return True

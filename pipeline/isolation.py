@@ -9,7 +9,6 @@ lines; the child ends when its input does, so it never outlives the run, and it 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import queue
@@ -28,7 +27,7 @@ from pipeline import errors
 from pipeline.config import Config
 from pipeline.dataset import Subject
 from pipeline.errors import HeadcastError, Interrupted, StageDied, StageError, StageTimeout
-from pipeline.lease import Held, check_ticket
+from pipeline.lease import Held, Ticket
 from pipeline.progress import Reporter, Task
 from pipeline.stage import Stage, note_failure, run_stage
 
@@ -209,7 +208,11 @@ def serve(stages: Sequence[Stage], answers: int) -> None:
     while True:
         request = requests.get()
         subject = Subject(Path(request["folder"]))
-        still_held = functools.partial(check_ticket, subject.work, request["ticket"], f"Subject '{subject.name}'")
+        ticket = Ticket(subject.work, request["ticket"], f"Subject '{subject.name}'")
+
+        def stop_requested(ticket: Ticket = ticket) -> bool:
+            return stopped.is_set() or ticket.lost()
+
         try:
             manifest = run_stage(
                 subject,
@@ -220,8 +223,8 @@ def serve(stages: Sequence[Stage], answers: int) -> None:
                 device=request["device"],
                 threads=request["threads"],
                 reporter=reporter,
-                stop_requested=stopped.is_set,
-                still_held=still_held,
+                stop_requested=stop_requested,
+                still_held=ticket.check,
             )
         except HeadcastError as error:
             kind = type(error).__name__ if hasattr(errors, type(error).__name__) else StageError.__name__

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -404,7 +405,7 @@ class Lease:
 
     @property
     def ticket(self) -> str:
-        """What a child process shows to `check_ticket`."""
+        """What a child process needs for a `Ticket`."""
         return f"{self.epoch}:{self._record.token}"
 
     def lost(self) -> bool:
@@ -503,16 +504,48 @@ def take_lease(store: LeaseStore, what: str, *, kernel_lock: str = "", times: Ti
     return Lease(store, what, epoch, record, times, taken)
 
 
-def check_ticket(folder: Path, ticket: str, what: str) -> None:
-    """The check of a child process that works for a holder: whether the lease of this ticket is still the last.
+class Ticket:
+    """A holder's lease as a child process sees it that works for it: lost when followed, or not renewed for long.
 
-    Raises:
-        LeaseLost: it is not.
+    Args:
+        folder: what is held.
+        ticket: `Held.ticket` of the holder.
+        what: what is held, for messages.
     """
-    epoch, _, token = ticket.partition(":")
-    why = _usurper(FolderLeases(folder), int(epoch), token)
-    if why is not None:
-        raise _lost(what, why)
+
+    def __init__(self, folder: Path, ticket: str, what: str, times: Times = TIMES) -> None:
+        epoch, _, self._token = ticket.partition(":")
+        self._epoch = int(epoch)
+        self._store = FolderLeases(folder)
+        self._what = what
+        self._times = times
+        self._looked = -math.inf
+        self._why = ""
+
+    def lost(self) -> bool:
+        """Whether the holder can no longer rely on its lease. Cheap: looks once in the time of a renewal."""
+        if boot_seconds() - self._looked > self._times.renew:
+            with contextlib.suppress(LeaseLost):
+                self.check()
+        return bool(self._why)
+
+    def check(self) -> None:
+        """Look whether the lease is still the holder's.
+
+        Raises:
+            LeaseLost: it is not.
+        """
+        self._looked = boot_seconds()
+        with contextlib.suppress(OSError):
+            self._why = self._why or _usurper(self._store, self._epoch, self._token) or self._idle()
+        if self._why:
+            raise _lost(self._what, self._why)
+
+    def _idle(self) -> str:
+        """Why the holder seems to stand still, in words. A renewal is seen up to one renewal after it was made."""
+        name = _name(self._epoch)
+        idle = boot_seconds() - _stillness.since(self._store, name, self._store.read(name) or b"")
+        return f"its lease was not renewed for {idle:.0f} s" if idle > self._times.trust - self._times.renew else ""
 
 
 @dataclass(frozen=True)
@@ -537,7 +570,7 @@ class Held:
 
     @property
     def ticket(self) -> str:
-        """What a child process shows to `check_ticket`."""
+        """What a child process needs for a `Ticket`."""
         return self.leases[0].ticket
 
     def lost(self) -> bool:

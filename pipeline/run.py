@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import Config, Preset, configure, override, preset_config
 from pipeline.dataset import Dataset, Subject, fsync_path, seal_fits, sealed, sha256_file, subject_name_for, write_json
-from pipeline.errors import StageError, SubjectBusy, UserError
+from pipeline.errors import Interrupted, StageError, SubjectBusy, UserError
 from pipeline.lease import Held, remove_traces
 from pipeline.mirror import Mirror, in_step
 from pipeline.progress import Reporter
@@ -387,7 +387,11 @@ def stage_worker(
                     "stop_requested": stop_requested,
                 }
                 if child is not None:
-                    manifest = child.run(stage, config, **how)
+                    try:
+                        manifest = child.run(stage, config, **how)
+                    except Interrupted:
+                        held.check()  # when it is lost, that is why the child was stopped
+                        raise
                 else:
                     manifest = run_stage(subject, stage, stages, config, still_held=held.check, **how)
             mirror.publish(stage.name)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.dataset import Dataset, Subject, write_json
-from pipeline.errors import Interrupted, StageDied, StageError, StageTimeout
+from pipeline.errors import Interrupted, LeaseLost, StageDied, StageError, StageTimeout
 from pipeline.isolation import StageProcess
+from pipeline.lease import Times
+from pipeline.mirror import Mirror
 from pipeline.progress import PlainReporter, SilentReporter
+from pipeline.run import RunRequest, stage_worker
 from pipeline.stage import inspect_stages, run_stage
 from stages import noop
 
@@ -133,6 +137,25 @@ def test_stop_is_passed_on_and_obeyed(subject: Subject, child: StageProcess, mon
     assert inspect_stages(subject, noop.STAGES, Config())[0].name in ("partial", "running")
 
 
+def test_a_subject_that_is_lost_stops_the_child(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    behave(monkeypatch, steps=100, seconds=60)
+
+    def lose() -> None:
+        wait_for(lambda: list(subject.work.glob("decode-*/0002")))
+        next(subject.work.glob("lease-*")).unlink()
+
+    request = RunRequest(data=subject.root.parent, subject="anna", stage_minutes=10, threads=1)
+    silent = SilentReporter()
+    with subject.lock(times=Times(renew=0.2, period=20.0)) as held, ThreadPoolExecutor() as other:
+        other.submit(lose)
+        with (
+            stage_worker(request, subject, noop.STAGES, Config(), held, Mirror(subject, silent), silent) as bring_up_to_date,
+            pytest.raises(LeaseLost, match="its lease was removed"),
+        ):
+            bring_up_to_date(DECODE)
+    assert inspect_stages(subject, noop.STAGES, Config())[0].name == "partial"
+
+
 RUN = """
 import sys
 from pathlib import Path
@@ -155,6 +178,7 @@ def test_child_ends_with_a_killed_run_and_holds_the_lock_until_then(
     wait_for(lambda: list(subject.work.glob("decode-*")))
     (child,) = descendants(run.pid)
     os.kill(child, signal.SIGSTOP)
+    wait_for(lambda: psutil.Process(child).status() == psutil.STATUS_STOPPED)
     run.kill()
     run.wait()
     assert subject.running(), "the child still lives, though it is stopped"

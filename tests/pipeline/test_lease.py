@@ -34,8 +34,8 @@ from pipeline.lease import (
     Lease,
     LeaseRecord,
     LeaseStore,
+    Ticket,
     Times,
-    check_ticket,
     hold_folder,
     is_held,
     lease_store_for,
@@ -489,12 +489,32 @@ def test_a_held_folder_is_refused_at_once_on_this_machine(tmp_path: Path, clock:
         with pytest.raises(SubjectBusy, match=f"process {os.getpid()} on"), hold_folder(tmp_path, WHAT):
             pass
         held.check()
-        check_ticket(tmp_path, held.ticket, WHAT)
-        ticket = held.ticket
+        ticket = Ticket(tmp_path, held.ticket, WHAT)
+        ticket.check()
+        assert not ticket.lost()
     assert not is_held(tmp_path)
     assert clock.slept < 1
-    with hold_folder(tmp_path, WHAT), pytest.raises(LeaseLost, match="another run took over"):
-        check_ticket(tmp_path, ticket, WHAT)
+    with hold_folder(tmp_path, WHAT):
+        assert not ticket.lost(), "it has looked a moment ago"
+        with pytest.raises(LeaseLost, match="another run took over"):
+            ticket.check()
+    assert ticket.lost()
+
+
+def test_a_child_sees_that_its_holder_stands_still(tmp_path: Path, clock: Clock) -> None:
+    with hold_folder(tmp_path, WHAT) as held:
+        ticket = Ticket(tmp_path, held.ticket, WHAT)
+        for _ in range(10):
+            held.leases[0]._renew()
+            assert not ticket.lost()
+            clock.now += 6
+        clock.now += 20
+        assert not ticket.lost()
+        clock.now += 6
+        assert ticket.lost(), "before anybody may take over"
+        assert not held.lost()
+        with pytest.raises(LeaseLost, match="not renewed for 32 s"):
+            ticket.check()
 
 
 def test_looking_never_keeps_a_run_out(tmp_path: Path) -> None:
