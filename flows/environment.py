@@ -30,6 +30,8 @@ _SETTINGS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     # A stage's error is a message of ours; Prefect's traceback goes to the run's log, not to the terminal.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    # What is kept of a run's results is read by other machines: never a pickle.
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
 }
 
 # An embedded server inherits this mark of the process that started it.

@@ -158,6 +158,7 @@ def attempt(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
         work,
         name=name,
         cache_policy=NO_CACHE,
+        persist_result=False,
         retries=RETRIES,
         retry_delay_seconds=exponential_backoff(BACKOFF_SECONDS),
         retry_jitter_factor=0.5,

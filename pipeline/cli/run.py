@@ -160,9 +160,13 @@ def carry_out(request: Any) -> Answer:
     worked: list[str] = []
     if states is None:
         check_writable(request.data)
+        from flows.results import results_in
         from flows.subject import subject_flow
 
-        worked = start_flow(subject_flow, request)
+        def bring_up_to_date(request: Any) -> list[str]:
+            return subject_flow.with_options(**results_in(request.store))(request)
+
+        worked = start_flow(bring_up_to_date, request)
     subject, config, wanted = prepare(request, STAGES)
     if states is None:
         states = inspect_stages(subject, wanted, config)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from object_store import BUCKET, s3_server, set_source
 
 from pipeline.dataset import Dataset, Subject, write_atomic, write_json
 from pipeline.errors import StageError, SubjectBusy, Unavailable, UserError
@@ -114,6 +117,48 @@ def test_first_forces_its_stage_and_equal_bytes_keep_the_rest(toys: Toys, subjec
 def test_last_ends_the_run_there(toys: Toys, subject: Subject) -> None:
     assert run(subject, last="decode") == ["decode"]
     assert not subject.stage("track").exists()
+
+
+def kept_results(store: str) -> list[Any]:
+    """What lies under `.results` in a store; anything but JSON is an error."""
+    import fsspec
+
+    files, root = fsspec.url_to_fs(f"{store}/.results")
+    return [json.loads(files.cat_file(path)) for path in files.find(root)]
+
+
+def test_results_are_kept_in_the_store_as_json(toys: Toys, subject: Subject) -> None:
+    from flows.results import results_in
+    from flows.subject import subject_flow
+
+    set_source(subject, "abcd")
+    with s3_server():
+        store = f"s3://{BUCKET}/results"
+        flow = subject_flow.with_options(**results_in(store))
+        request = RunRequest(data=subject.root.parent, subject=subject.name, store=store)
+        state = flow(request, return_state=True)
+        assert state.result() == ["decode", "track"]
+        assert kept_results(store) == [["decode", "track"]], "and nothing of the stages, whose manifests tell"
+        toys.fail = "track"
+        state = flow(request.model_copy(update={"first": "track"}), return_state=True)
+        with pytest.raises(Exception, match="No face in any of 12 frames"):
+            state.result()
+        assert any("No face" in json.dumps(result) for result in kept_results(store))
+
+
+def test_every_run_of_a_server_keeps_its_result_in_the_shared_store(toys: Toys, subject: Subject) -> None:
+    from prefect.client.orchestration import get_client
+
+    from flows.results import share_results
+
+    store = f"memory://{subject.root.parent.name}"
+    share_results(store)
+    try:
+        assert run(subject) == ["decode", "track"]
+        assert kept_results(store) == [["decode", "track"]]
+    finally:
+        with get_client(sync_client=True) as client:
+            client.clear_server_default_result_storage()
 
 
 def test_two_runs_of_one_subject_do_not_mix(toys: Toys, subject: Subject) -> None:
