@@ -28,7 +28,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import LeaseLost, SubjectBusy, UserError
+from pipeline.errors import LeaseLost, SubjectBusy, Unavailable, UserError
 
 LOCK = "lock"
 LEASE_NAME = re.compile(r"lease-(\d{8,15})\.json")
@@ -554,7 +554,7 @@ class KernelLock:
 
     handle: int
     identity: str
-    """`BOOT:DEVICE:INODE`, the same for all processes that this lock keeps apart; empty where there is no `flock`."""
+    """`BOOT:DEVICE:INODE`, the same for all that this lock keeps apart; empty where the lease alone counts."""
 
 
 @dataclass(frozen=True)
@@ -593,14 +593,21 @@ def hold_folder(folder: Path, what: str, store: LeaseStore | None = None, times:
 
     Raises:
         SubjectBusy: another run holds it.
-        OSError: the folder cannot be made or written, or the store does not answer.
+        Unavailable: the store does not answer.
+        OSError: the folder cannot be made or written.
     """
     kernel = _take_kernel_lock(folder, what)
     leases: list[Lease] = []
     try:
-        for place in (FolderLeases(folder), store):
-            if place is not None:
-                leases.append(take_lease(place, what, kernel_lock=kernel.identity, times=times))
+        leases.append(take_lease(FolderLeases(folder), what, kernel_lock=kernel.identity, times=times))
+        if store is not None:
+            try:
+                leases.append(take_lease(store, what, kernel_lock=kernel.identity, times=times))
+            except OSError as error:
+                raise Unavailable(
+                    f"{what} cannot be held in '{store.place}': {error}.",
+                    "check the network and the store's credentials, and run the same command again",
+                ) from error
         yield Held(kernel, leases)
     finally:
         for lease in reversed(leases):
@@ -627,28 +634,28 @@ def is_held(folder: Path) -> bool:
         record = _parse(data)
         if data is None or _is_over(record, ""):
             return False
-        kernel_lock = _free_lock(folder)
+        kernel_lock, free = _look_at_lock(folder)
     except OSError:
         return True
-    if kernel_lock is None:
-        return True
-    if _is_over(record, kernel_lock):
+    if free and _is_over(record, kernel_lock):
         return False
+    if not free and not _is_elsewhere(record, kernel_lock):
+        return True
     return boot_seconds() < _stillness.since(store, name, data) + (record.period if record else TIMES.period)
 
 
-def _free_lock(folder: Path) -> str | None:
-    """The identity of the folder's kernel lock where nobody holds it, else None."""
+def _look_at_lock(folder: Path) -> tuple[str, bool]:
+    """The identity of a folder's kernel lock, and whether it is free."""
     try:
         handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return ""
+        return "", True
     try:
-        return _identity(handle) if _flock(handle, fcntl.LOCK_SH) else None
+        return _identity(handle), _flock(handle, fcntl.LOCK_SH)
     except OSError as error:
         if error.errno not in NO_FLOCK:
             raise
-        return ""
+        return "", True
     finally:
         os.close(handle)
 
@@ -673,7 +680,7 @@ def _take_kernel_lock(folder: Path, what: str) -> KernelLock:
 
 
 def _lock_or_refuse(handle: int, folder: Path, what: str) -> str:
-    """Lock the open file; returns the lock's identity, or nothing on a file system without `flock`."""
+    """Lock the open file; returns the lock's identity, or nothing where the lease alone counts."""
     try:
         for attempt in range(5):  # `is_held` of another process has the lock for a moment
             if _flock(handle, fcntl.LOCK_EX):
@@ -686,7 +693,16 @@ def _lock_or_refuse(handle: int, folder: Path, what: str) -> str:
         return ""
     store = FolderLeases(folder)
     record = _parse(store.read(_name(max(_epochs(store), default=0))))
+    if _is_elsewhere(record, _identity(handle)):
+        return ""
     raise _busy(what, record if record and not record.released else None)
+
+
+def _is_elsewhere(record: LeaseRecord | None, identity: str) -> bool:
+    """Whether a lock that is taken belongs to another machine, by its lease. A file server may keep the locks of a
+    machine that is gone for minutes, or until it comes back; its lease tells sooner."""
+    own, other = identity.partition(":")[0], (record.kernel_lock if record else "").partition(":")[0]
+    return record is not None and not record.released and own != "" and other not in ("", own)
 
 
 def _flock(handle: int, kind: int) -> bool:

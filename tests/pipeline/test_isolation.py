@@ -149,10 +149,10 @@ def test_a_subject_that_is_lost_stops_the_child(subject: Subject, monkeypatch: p
     with subject.lock(times=Times(renew=0.2, period=20.0)) as held, ThreadPoolExecutor() as other:
         other.submit(lose)
         with (
-            stage_worker(request, subject, noop.STAGES, Config(), held, Mirror(subject, silent), silent) as bring_up_to_date,
+            stage_worker(request, subject, noop.STAGES, Config(), held, Mirror(subject, silent), silent) as work_on,
             pytest.raises(LeaseLost, match="its lease was removed"),
         ):
-            bring_up_to_date(DECODE)
+            work_on(DECODE)
     assert inspect_stages(subject, noop.STAGES, Config())[0].name == "partial"
 
 

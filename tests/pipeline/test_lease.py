@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from pipeline import lease as lease_module
 from pipeline.config import preset_config
 from pipeline.dataset import Subject
-from pipeline.errors import LeaseLost, StageError, SubjectBusy, UserError
+from pipeline.errors import LeaseLost, StageError, SubjectBusy, Unavailable, UserError
 from pipeline.lease import (
     LOCK,
     RECORD_BYTES,
@@ -564,6 +564,29 @@ def test_without_locks_the_lease_alone_counts(tmp_path: Path, monkeypatch: pytes
         assert held.leases[0].epoch == 2
 
 
+def test_a_lock_that_a_server_keeps_for_a_dead_machine_does_not_last(tmp_path: Path, clock: Clock) -> None:
+    """NFS version 3 lets go of a machine's locks when it comes back, version 4 after a while."""
+    import fcntl
+
+    store = FolderLeases(tmp_path)
+    lay(store, 1, record(kernel_lock="another-boot:1:2").encode())
+    with open(tmp_path / LOCK, "w") as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)
+        assert is_held(tmp_path)
+        moved = record(kernel_lock="another-boot:1:2")
+        clock.during = lambda clock: store.write(
+            "lease-00000001.json", moved.model_copy(update={"counter": int(100 * clock.slept)}).encode()
+        )
+        with pytest.raises(SubjectBusy, match="process 4711 on 'render-7'"), hold_folder(tmp_path, WHAT):
+            pass
+        clock.during = lambda clock: None
+        with hold_folder(tmp_path, WHAT) as held:
+            assert held.leases[0].epoch == 2
+            with pytest.raises(SubjectBusy, match=f"process {os.getpid()}"), hold_folder(tmp_path, WHAT):
+                pass
+        assert not is_held(tmp_path)
+
+
 def test_a_refused_subject_leaves_nothing(tmp_path: Path) -> None:
     subject = Subject(tmp_path / "data" / "anna")
     with pytest.raises(UserError, match="no video"), hold(subject):
@@ -616,6 +639,15 @@ def test_a_subject_is_held_in_its_object_store_too(tmp_path: Path, bucket: str) 
     with theirs.lock(bucket + "/", QUICK):
         pass
     assert read(remote, 1)["released"]
+
+
+def test_a_store_that_cannot_be_used_is_named(tmp_path: Path, bucket: str) -> None:
+    subject = Subject(tmp_path / "anna")
+    with pytest.raises(Unavailable) as caught, subject.lock("s3://no-such-bucket"):
+        pass
+    assert caught.value.what.startswith("Subject 'anna' cannot be held in 's3://no-such-bucket/anna/.work': ")
+    assert caught.value.retryable
+    assert not subject.running()
 
 
 def test_a_killed_run_frees_its_store_at_once_on_its_own_machine(tmp_path: Path, bucket: str) -> None:
