@@ -44,6 +44,8 @@ class Pool(BaseModel):
 
     data: Path = Path("data")
     """The dataset directory."""
+    store: str | None = None
+    """URL of an object store that holds the dataset, such as s3://bucket/folder; `data` is then this machine's copy."""
     preset: Preset | None = None
     """Budget of new subjects, quick by default."""
     settings: tuple[str, ...] = ()
@@ -100,6 +102,7 @@ class Pool(BaseModel):
         """What `RunRequest` takes over. Paths are absolute: a worker may have another working directory."""
         return {
             "data": self.data.absolute(),
+            "store": self.store,
             "check": self.check,
             "device": self.device,
             "threads": self.threads or max(usable_cores() // self.subjects_at_a_time(), 1),

@@ -14,9 +14,8 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.config import Config
-from pipeline.dataset import Dataset, Subject, canonical_json, write_atomic
+from pipeline.dataset import RUN_RECORD, Dataset, Subject, canonical_json, write_atomic
 from pipeline.dataset_page import PAGE
-from pipeline.run import RUN_RECORD
 from pipeline.stage import MANIFEST, SCHEMA, Level, Stage, Verdict, outputs_digest, section_of, stage_key
 from pipeline.summary import CACHE, summaries
 

@@ -21,6 +21,8 @@ from pipeline.lease import TIMES, Held, Times, hold_folder, is_held, lease_store
 
 SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 WORK = ".work"
+RUN_RECORD = "run.json"
+"""The settings of a subject's last run."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.dataset import Subject
+from pipeline.dataset import RUN_RECORD, Subject
 from pipeline.errors import StoreDamaged, UserError
 from pipeline.progress import Reporter
 from pipeline.stage import MANIFEST, State, read_manifest
@@ -140,7 +140,7 @@ def in_step(url: str, subject: Subject, new: bool = False) -> bool:
                 "check the name and --store, or make it with: headcast run VIDEO --subject NAME --store URL",
             ) from None
         return False
-    run_record = subject.root / "run.json"
+    run_record = subject.root / RUN_RECORD
     return (
         set(here) == set(there)
         and all(manifest is not None and manifest["key"] == there[part]["key"] for part, manifest in here.items())

@@ -21,7 +21,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import Config, Preset, configure, override, preset_config
-from pipeline.dataset import Dataset, Subject, fsync_path, seal_fits, sealed, sha256_file, subject_name_for, write_json
+from pipeline.dataset import (
+    RUN_RECORD,
+    Dataset,
+    Subject,
+    fsync_path,
+    seal_fits,
+    sealed,
+    sha256_file,
+    subject_name_for,
+    write_json,
+)
 from pipeline.errors import Interrupted, StageError, SubjectBusy, UserError
 from pipeline.lease import Held, remove_traces
 from pipeline.mirror import Mirror, in_step
@@ -42,7 +52,6 @@ from pipeline.source import (
 )
 from pipeline.stage import Stage, State, inspect_stages, run_stage
 
-RUN_RECORD = "run.json"
 LOCK_RETRY_SECONDS = 5.0
 _stop_asked = threading.Event()
 

@@ -15,16 +15,18 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.dataset import (
+    RUN_RECORD,
     SUBJECT_NAME,
     Subject,
     canonical_json,
     fsync_tree,
     link_or_copy,
+    sealed,
     sha256_file,
     write_atomic,
     write_json,
@@ -59,6 +61,8 @@ class Entry:
 
     manifest: dict[str, Any]
     sha256: str
+    size: int
+    """Bytes of its files."""
 
     @property
     def folder(self) -> str:
@@ -105,17 +109,8 @@ class DatasetStore:
         Raises:
             StoreDamaged: an entry cannot be read.
         """
-        place = self._place(name)
-        listed = self._list(place)
-        paths = [f"{place}/{part}.json" for part in _parts(listed)]
-        with self._talking():
-            # One that goes meanwhile is left out like one that was never there; every other error counts.
-            answers = self.fs.cat(paths, on_error="return") if paths else {}
-            for answer in answers.values():
-                if isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):
-                    raise answer
-        found = {PurePosixPath(path).stem: answer for path, answer in answers.items() if isinstance(answer, bytes)}
-        return {part: self._parse_entry(name, part, data).manifest for part, data in sorted(found.items())}
+        found = self._documents(name, self._list(self._place(name)))
+        return {part: self._parse_entry(name, part, found[part]).manifest for part in sorted(set(found) - {"run"})}
 
     def manifest(self, name: str, part: str) -> dict[str, Any] | None:
         """The manifest of one part of a subject, as `manifests` gives it; None where the part is not in the store."""
@@ -124,7 +119,44 @@ class DatasetStore:
 
     def run_record(self, name: str) -> bytes | None:
         """`run.json` of a subject: the settings of its last run, wherever that was."""
-        return self._read(f"{self._place(name)}/run.json", MAX_ENTRY_BYTES)
+        return self._read(f"{self._place(name)}/{RUN_RECORD}", MAX_ENTRY_BYTES)
+
+    def outline(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        """Write into an empty dataset folder what tells how subjects stand: records of sources, settings, manifests.
+
+        In place of a stage's list of files stands one line with their size, and an empty file for a report; nothing can
+        be read or run there.
+
+        Args:
+            folder: for the dataset.
+            names: the subjects; by default all.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
+            for _ in threads.map(lambda name: self._outline(Subject(folder / name)), names or self.subjects()):
+                pass
+
+    def _outline(self, subject: Subject) -> None:
+        listed = self._list(self._place(subject.name))
+        documents = self._documents(subject.name, listed)
+        subject.root.mkdir(parents=True, exist_ok=True)
+        if f"{self._place(subject.name)}/{subject.report.name}" in listed:
+            subject.report.touch()
+        if "run" in documents:
+            (subject.root / RUN_RECORD).write_bytes(documents.pop("run"))
+        for part, data in documents.items():
+            try:
+                entry = self._parse_entry(subject.name, part, data)
+            except StoreDamaged as damage:  # the part counts as missing
+                log.warning("%s", damage.what)
+                continue
+            subject.stage(part).mkdir(exist_ok=True)
+            if part == SOURCE:
+                write_json(subject.source / SOURCE_RECORD, entry.manifest["source"])
+            else:
+                outputs = [{"path": "", "size": entry.size, "sha256": ""}]
+                write_json(subject.stage(part) / MANIFEST, sealed({**entry.manifest, "outputs": outputs}))
 
     def pull(self, subject: Subject, *parts: str, reporter: Reporter | None = None) -> list[str]:
         """Bring parts that differ from those in the local dataset; the caller holds the subject's local lock.
@@ -145,7 +177,7 @@ class DatasetStore:
         data = self.run_record(subject.name)
         if data is not None:
             subject.root.mkdir(parents=True, exist_ok=True)
-            write_atomic(subject.root / "run.json", data)
+            write_atomic(subject.root / RUN_RECORD, data)
 
     def push(
         self, subject: Subject, stage: str, reporter: Reporter | None = None, still_held: Callable[[], None] = _always
@@ -200,9 +232,9 @@ class DatasetStore:
             "source": record,
         }
         count = self._push(subject, SOURCE, manifest, _json(manifest), reporter, still_held)
-        run_record = subject.root / "run.json"
+        run_record = subject.root / RUN_RECORD
         if run_record.is_file():
-            self._write(f"{self._place(subject.name)}/run.json", run_record.read_bytes())
+            self._write(f"{self._place(subject.name)}/{RUN_RECORD}", run_record.read_bytes())
         return count
 
     def push_report(self, subject: Subject) -> None:
@@ -231,7 +263,8 @@ class DatasetStore:
         still_held: Callable[[], None],
     ) -> int:
         place = f"{self._place(subject.name)}/{part}"
-        entry = Entry({name: value for name, value in manifest.items() if name != "outputs"}, _sha256(data))
+        gist = {name: value for name, value in manifest.items() if name != "outputs"}
+        entry = Entry(gist, _sha256(data), sum(output["size"] for output in manifest["outputs"]))
         before = None
         with contextlib.suppress(StoreDamaged):  # it is replaced
             before = self._entry(subject.name, part)
@@ -246,8 +279,7 @@ class DatasetStore:
         still_held()
         if entry is not before:
             self._write(f"{place}/{entry.listing}", data)
-            record = {"schema": ENTRY_SCHEMA, "sha256": entry.sha256, "manifest": entry.manifest}
-            self._write(f"{place}.json", _json(record))
+            self._write(f"{place}.json", _json({"schema": ENTRY_SCHEMA, **asdict(entry)}))
         self._remove([path for path in there if path not in wanted and path != f"{place}/{entry.listing}"])
         return len(lacking)
 
@@ -350,12 +382,25 @@ class DatasetStore:
             digests = [record["sha256"], manifest["key"], manifest["digest"]]
             valid = schema == ENTRY_SCHEMA and manifest["stage"] == part and "outputs" not in manifest
             valid = valid and all(_HEX.fullmatch(digest) for digest in digests)
+            valid = valid and type(record["size"]) is int and record["size"] >= 0
             valid = valid and (part != SOURCE or isinstance(manifest["source"], dict))
         except (ValueError, KeyError, TypeError, RecursionError):
             valid = False
         if not valid:
             raise self._damage(name, part, "its entry is not what headcast writes", f"{self._place(name)}/{part}.json")
-        return Entry(manifest, record["sha256"])
+        return Entry(manifest, record["sha256"], record["size"])
+
+    def _documents(self, name: str, listed: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+        """The small objects among those listed of a subject: part -> entry, and `run` -> settings."""
+        small = (PurePosixPath(p) for p, info in listed.items() if _is_document(info))
+        paths = [str(path) for path in small if path.suffix == ".json" and _PART_NAME.fullmatch(path.stem)]
+        with self._talking():
+            # One that goes meanwhile is left out like one that was never there; every other error counts.
+            answers = self.fs.cat(paths, on_error="return") if paths else {}
+            for answer in answers.values():
+                if isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):
+                    raise answer
+        return {PurePosixPath(path).stem: data for path, data in answers.items() if isinstance(data, bytes)}
 
     def _list(self, place: str) -> dict[str, dict[str, Any]]:
         """What lies directly under a place: path -> name, type and size."""
@@ -482,10 +527,8 @@ def source_key(subject: Subject) -> str:
     return _sha256(canonical_json(kept).encode())
 
 
-def _parts(listed: dict[str, dict[str, Any]]) -> list[str]:
-    """The parts whose entries are in a subject's listing."""
-    names = [PurePosixPath(path) for path, info in listed.items() if info["type"] == "file"]
-    return [p.stem for p in names if p.suffix == ".json" and _PART_NAME.fullmatch(p.stem) and p.name != "run.json"]
+def _is_document(info: dict[str, Any]) -> bool:
+    return info["type"] == "file" and info["size"] <= MAX_ENTRY_BYTES
 
 
 def _is_here(subject: Subject, part: str, entry: Entry) -> bool:

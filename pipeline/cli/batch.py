@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.cli.common import Answer, Common, Settings
+from pipeline.cli.common import Answer, Common, Settings, Store
 from pipeline.errors import HeadcastError, UserError
 
 
@@ -17,6 +17,8 @@ from pipeline.errors import HeadcastError, UserError
 class Pool(Common):
     """Options of commands that work on many subjects."""
 
+    store: Store = None
+    """An object store that holds the dataset, such as s3://bucket/folder; --data is then this machine's copy."""
     no_check: bool = False
     """Do not look at new videos beforehand and say what to film again."""
     preset: Literal["quick", "standard", "best"] | None = None
@@ -42,7 +44,7 @@ class Pool(Common):
 
     def pool_options(self) -> dict[str, Any]:
         """What `pipeline.batch.Pool` takes of them."""
-        same = ("data", "preset", "avatar", "head", "device", "runner", "cluster", "workers")
+        same = ("data", "store", "preset", "avatar", "head", "device", "runner", "cluster", "workers")
         options = {name: getattr(self, name) for name in (*same, "stage_minutes", "wait_minutes")}
         return {**options, "check": not self.no_check, "settings": self.set}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from pipeline.cli.common import Answer, Common
+from pipeline.cli.common import Answer, Common, Store
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class Status(Common):
 
     subject: tyro.conf.Positional[str | None] = None
     """One subject in detail; by default all of them, a line each."""
+    store: Store = None
+    """How the subjects stand on an object store, such as s3://bucket/folder, by its manifests; no file is brought."""
     verify: bool = False
     """Read and hash the files of all subjects too."""
     watch: bool = False
@@ -43,6 +45,8 @@ class Status(Common):
         from pipeline.summary import summaries
         from stages import STAGES
 
+        if self.store is not None:
+            return self._stored(self.store)
         dataset = Dataset(self.data)
         subject = dataset.existing(self.subject) if self.subject else None
         if self.watch:
@@ -52,6 +56,33 @@ class Status(Common):
             return document, _detail(document), 0
         told = summaries(dataset, STAGES, verify=self.verify)
         return {"schema": 1, "subjects": [account_of(s, dataset.root) for s in told]}, _table(told, self.data), 0
+
+    def _stored(self, url: str) -> Answer:
+        import tempfile
+
+        from pipeline.dataset import Dataset
+        from pipeline.store import open_store
+        from pipeline.summary import summaries
+        from stages import STAGES
+
+        if self.watch or self.verify:
+            raise UserError(
+                f"--store does not go with --{'watch' if self.watch else 'verify'}.", "leave one of them out"
+            )
+        store = open_store(url)
+        store.check()
+        with tempfile.TemporaryDirectory(prefix="headcast-") as folder:
+            store.outline(Path(folder), [self.subject] if self.subject else None)
+            told = summaries(Dataset(Path(folder)), STAGES)
+        documents = [account_of(summary, Path(folder)) for summary in told]
+        for document in documents:
+            document["folder"] = f"{store.url}/{document['subject']}"
+            document["report"] = document["report"] and f"{document['folder']}/{Path(document['report']).name}"
+        if self.subject is None:
+            return {"schema": 1, "subjects": documents}, _table(told, store.url), 0
+        if not documents:
+            raise UserError(f"No subject '{self.subject}' in '{store.url}'.", f"headcast status --store {store.url}")
+        return documents[0], _detail(documents[0]), 0
 
     def _watch(self) -> Answer:
         from pipeline.dataset import Dataset
@@ -143,8 +174,8 @@ def _progress(summary: Summary) -> str:
     return f"  now      {_plain(summary.progress.line())}" if summary.progress else ""
 
 
-def _table(told: Sequence[Summary], data: Path) -> str:
-    """A line for each subject, and how many stand how."""
+def _table(told: Sequence[Summary], data: Path | str) -> str:
+    """A line for each subject, and how many stand how; `data` is where they are."""
     from pipeline.report import bytes_text
     from pipeline.summary import STANDINGS
 
@@ -152,7 +183,7 @@ def _table(told: Sequence[Summary], data: Path) -> str:
         return f"No subjects in '{data}'."
     now = datetime.now(UTC)
     titles: tuple[str, ...] = ("subject", "standing", "verdict", "dB (best baseline)", "age", "why")
-    rows = [titles, *(_row(summary, now, data) for summary in told)]
+    rows = [titles, *(_row(summary, now, Path(data)) for summary in told)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join([*map(str.ljust, row[:5], widths), row[5]]).rstrip() for row in rows]
     counts = {name: sum(summary.standing == name for summary in told) for name in STANDINGS}

@@ -22,7 +22,7 @@ from object_store import BUCKET, KEYS, s3_environment, s3_server, set_source, tr
 from pipeline.config import preset_config
 from pipeline.dataset import Dataset, Subject, write_atomic
 from pipeline.errors import StageError, StoreDamaged, Unavailable, UserError
-from pipeline.stage import Result, Stage, StageRun, Verdict, outputs_digest, run_stage
+from pipeline.stage import Result, Stage, StageRun, Verdict, outputs_digest, published_states, run_stage
 from pipeline.store import DatasetStore, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,6 +137,21 @@ def test_manifests_tell_the_standing_without_any_file(store: DatasetStore, here:
     assert manifests["decode"] == expected == store.manifest("anna", "decode")
     assert store.manifest("anna", "track") is None
     assert store.manifests("bert") == {}
+
+
+def test_outline_tells_the_standing_of_all_subjects(store: DatasetStore, here: Subject, tmp_path: Path) -> None:
+    push(store, here)
+    bert = Dataset(here.root.parent).subject("bert")
+    set_source(bert, "wxyz")
+    store.push_source(bert)
+    store.fs.pipe_file(f"{store.root}/bert/decode.json", b"{}")
+    store.outline(tmp_path / "outline")
+    subjects = Dataset(tmp_path / "outline").subjects()
+    assert [subject.name for subject in subjects] == ["anna", "bert"]
+    states = [published_states(subject, (DECODE,), CONFIG, verify=False)[0] for subject in subjects]
+    assert [state.name for state in states] == ["fresh", "missing"]
+    assert sum(o["size"] for o in (states[0].manifest or {})["outputs"]) == 401
+    assert (subjects[0].root / "run.json").read_bytes() == (here.root / "run.json").read_bytes()
 
 
 def test_only_what_differs_is_transferred_and_what_is_replaced_goes(
@@ -293,7 +308,7 @@ def publish(store: DatasetStore, part: str, outputs: Any, **changes: Any) -> Non
     data = json.dumps({**manifest, "outputs": outputs}).encode()
     sha256 = hashlib.sha256(data).hexdigest()
     store.fs.pipe_file(f"{store.root}/anna/{part}/{sha256[:16]}.json", data)
-    record = {"schema": 1, "sha256": sha256, "manifest": manifest}
+    record = {"schema": 1, "sha256": sha256, "size": 4, "manifest": manifest}
     store.fs.pipe_file(f"{store.root}/anna/{part}.json", json.dumps(record).encode())
 
 
@@ -348,13 +363,15 @@ def test_hostile_lists_are_refused(store: DatasetStore, there: Subject, outputs:
     "entry",
     [
         b"", b"[]", b"{", b"[" * 100_000,
-        {"schema": 1}, {"schema": "1"}, {"sha256": 7}, {"sha256": "../../x"},
+        {"schema": "1"}, {"schema": 0}, {"sha256": 7}, {"sha256": "../../x"}, {"size": -1}, {"size": None},
+        {"manifest": None}, {"manifest": []}, {"manifest": {}},
         {"manifest": {"stage": "track", "key": "1" * 64, "digest": "1" * 64}},
         {"manifest": {"stage": "decode", "key": "1" * 64, "digest": "../../../x"}},
     ],
 )  # fmt: skip
 def test_hostile_entries_are_refused(store: DatasetStore, there: Subject, entry: Any) -> None:
-    sound = {"schema": 1, "sha256": "1" * 64, "manifest": None}
+    gist = {"stage": "decode", "key": "1" * 64, "digest": "1" * 64}
+    sound = {"schema": 1, "sha256": "1" * 64, "size": 4, "manifest": gist}
     data = entry if isinstance(entry, bytes) else json.dumps({**sound, **entry}).encode()
     store.fs.pipe_file(f"{store.root}/anna/decode.json", data)
     with pytest.raises(StoreDamaged, match="its entry is not what headcast writes"):

@@ -23,6 +23,7 @@ from pipeline.dataset import Dataset, Subject, write_json
 from pipeline.errors import UserError
 from pipeline.run import account
 from pipeline.stage import inspect_stages
+from pipeline.store import DatasetStore, open_store
 from stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -165,3 +166,47 @@ def test_the_page_is_written_and_named(data: Path) -> None:
     assert Path(document["page"]).is_file() and Path(document["metrics"]).is_file()
     with pytest.raises(UserError, match="There is no data folder"):
         Page(data=data / "gone").answer()
+
+
+@pytest.fixture
+def store(data: Path) -> DatasetStore:
+    """What publishes `anna` and `bert` on an object store, and none of their files."""
+    store = open_store(f"memory://{data.name}")
+    (data / "anna" / "report.html").write_text("report")
+    for subject in Dataset(data).subjects():
+        place = f"{store.root}/{subject.name}"
+        manifests = {path.parent.name: json.loads(path.read_bytes()) for path in subject.root.glob("*/stage.json")}
+        source = json.loads((subject.source / "source.json").read_bytes())
+        manifests["source"] = {"stage": "source", "key": "1" * 64, "digest": "1" * 64, "source": source, "outputs": []}
+        for part, manifest in manifests.items():
+            size = sum(output["size"] for output in manifest.pop("outputs"))
+            entry = {"schema": 1, "sha256": "1" * 64, "size": size, "manifest": manifest}
+            store.fs.pipe_file(f"{place}/{part}.json", json.dumps(entry).encode())
+        for path in (subject.root / "run.json", subject.report):
+            if path.is_file():
+                store.fs.pipe_file(f"{place}/{path.name}", path.read_bytes())
+    return store
+
+
+def test_a_store_tells_the_same_as_the_dataset(data: Path, store: DatasetStore) -> None:
+    shutil.rmtree(data / "bert" / "train")
+    store.fs.rm(f"{store.root}/bert/train.json")
+    document, text, code = Status(store=store.url).answer()
+    local = Status(data=data).answer()
+    for mine, theirs in zip(document["subjects"], local[0]["subjects"], strict=True):
+        assert {**mine, "folder": None, "report": None} == {**theirs, "folder": None, "report": None}
+    assert (text, code) == local[1:]
+    assert document["subjects"][0]["folder"] == f"{store.url}/anna"
+    assert [subject["report"] for subject in document["subjects"]] == [f"{store.url}/anna/report.html", None]
+
+
+def test_one_subject_of_a_store_is_told_in_detail(store: DatasetStore) -> None:
+    document, text, _ = Status(store=store.url, subject="anna").answer()
+    assert document["subject"] == "anna"
+    assert text.startswith(f"anna  ({store.url}/anna)\n")
+    with pytest.raises(UserError, match=f"No subject 'cleo' in '{store.url}'"):
+        Status(store=store.url, subject="cleo").answer()
+    with pytest.raises(UserError, match="--store does not go with --verify"):
+        Status(store=store.url, verify=True).answer()
+    with pytest.raises(UserError, match="is no URL of a store"):
+        Status(store="data").answer()
