@@ -24,11 +24,13 @@ def results_in(store: str | None) -> dict[str, Any]:
     return {"persist_result": True, "result_storage": _saved_block(store), "result_serializer": "json"}
 
 
-def share_results(store: str) -> None:
-    """Let every run of the server that is in use keep its result in a store, whoever starts it and wherever it runs.
+def share_results(store: str | None) -> None:
+    """Let every run of the server that is in use keep its result in a store, if there is one, whoever starts the run.
 
     What is written is JSON where PREFECT_RESULTS_DEFAULT_SERIALIZER says so, as it does in headcast's processes.
     """
+    if store is None:
+        return
     from prefect.client.orchestration import get_client
 
     block_id = _saved_block(store)._block_document_id

@@ -46,6 +46,7 @@ class Options:
     """Work pools that this machine's workers serve."""
     cron: str | None = None
     timezone: str | None = None
+    store: str | None = None  # where the results of runs are kept
 
     @property
     def home(self) -> Path:
@@ -139,10 +140,12 @@ class Service:
         from prefect.deployments.runner import DeploymentApplyError
 
         from flows.deployments import set_up
+        from flows.results import share_results
 
         try:
             with get_client(sync_client=True) as client:
                 names = set_up(client, self._options.runs, gpu_count(), nightly)
+                share_results(self._options.store)
                 for worker in self._workers:
                     worker.start()
                 self._wait_for_workers(client)

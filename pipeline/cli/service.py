@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.cli.common import Answer, Common
+from pipeline.cli.common import Answer, Common, Store
 from pipeline.cli.run import Run
 from pipeline.errors import UserError
 
@@ -33,17 +33,22 @@ class Serve(Common):
     """When to bring everything up to date by itself, for example "0 22 * * *"; needs --timezone."""
     timezone: Annotated[str | None, tyro.conf.arg(metavar="ZONE")] = None
     """Whose clock --nightly means, for example Europe/Berlin."""
+    store: Store = None
+    """Keep the results of runs on an object store, s3://bucket/folder, under .results."""
 
     def answer(self) -> Answer:
         from flows.environment import gpu_count
         from flows.service import Options, serve
         from pipeline.run import check_writable
+        from pipeline.store import open_store
 
         check_writable(self.data)
         if self.limit < 1:
             raise UserError(f"--limit is {self.limit}.", "at least one subject must be at work")
         pools = self.pool or (("cpu", "gpu") if gpu_count() else ("cpu",))
-        options = Options(self.data, self.host, self.port, self.limit, pools, self.nightly, self.timezone)
+        if self.store is not None:
+            open_store(self.store).check()
+        options = Options(self.data, self.host, self.port, self.limit, pools, self.nightly, self.timezone, self.store)
         record = serve(options, _say)
         return record, "Stopped.", 0
 
