@@ -22,9 +22,11 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from pipeline.assets import ensure_assets
 from pipeline.batch import BatchRequest, Outcome, Pool, batch_document, exit_code, outcome_of, read_batch, tally
+from pipeline.dataset import Dataset
+from pipeline.dataset_page import write_dataset_page
 from pipeline.errors import HeadcastError, Interrupted, StageError, UserError
 from pipeline.progress import SilentReporter, default_reporter, reporting
-from pipeline.run import RunRequest, check_writable, nothing_to_do, resolve_config, stop_signals
+from pipeline.run import RunRequest, ask_to_stop, check_writable, nothing_to_do, resolve_config, stop_signals
 from stages import STAGES
 
 POLL_SECONDS = 0.5
@@ -52,9 +54,14 @@ def account_of(outcomes: Sequence[Outcome]) -> Any:
 
 
 def work_off(
-    pool: Pool, runs: Sequence[RunRequest], begin: Callable[[RunRequest], bool] = lambda run: True
+    pool: Pool,
+    runs: Sequence[RunRequest],
+    begin: Callable[[RunRequest], bool] = lambda run: True,
+    over: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
     """Carry out runs, so many at a time as there are workers, and say a line as each ends. To be called in a flow.
+
+    The dataset's page and metrics are written at the end.
 
     Ctrl+C and SIGTERM stop what is at work, and nothing more is begun; on a cluster that was running before, a stage
     that is at work there goes on.
@@ -63,6 +70,7 @@ def work_off(
         pool: what carries them out.
         runs: of different subjects, in the order in which they begin.
         begin: asked as soon as a worker is free for a run; a run that it refuses is left out.
+        over: asked again and again; once it is true, all is stopped as by Ctrl+C.
 
     Returns:
         How it went, in the order of the runs.
@@ -91,6 +99,10 @@ def work_off(
                 outcomes[outcome.subject] = outcome
                 if outcome.outcome != "stopped":
                     reporter.message(f"[{len(outcomes)}/{len(runs)}] {outcome.line()}")
+            if over():
+                ask_to_stop()
+    with contextlib.suppress(OSError):  # a page that cannot be written must not hide how it went
+        write_dataset_page(Dataset(pool.data), STAGES)
     for run in (*at_work.values(), *waiting):
         outcomes[run.target().name] = outcome_of(run.target(), STAGES, "stopped")
     return [outcomes[run.target().name] for run in runs if run.target().name in outcomes]

@@ -22,9 +22,10 @@ from pipeline.config import Avatar, Head, Preset
 from pipeline.dataset import Subject, subject_name_for
 from pipeline.errors import HeadcastError, UserError
 from pipeline.frames import counted
-from pipeline.run import RunRequest, check_input, last_config, resolve_config, usable_cores
+from pipeline.run import RunRequest, check_input, default_threads, resolve_config
 from pipeline.source import check_span
-from pipeline.stage import Stage, inspect_stages, read_manifest
+from pipeline.stage import Stage
+from pipeline.summary import summarize
 from pipeline.video import IMAGE_SUFFIXES, natural_order
 
 SCHEMA = 1
@@ -49,11 +50,11 @@ class Pool(BaseModel):
     preset: Preset | None = None
     """Budget of new subjects, quick by default."""
     settings: tuple[str, ...] = ()
-    """Changes to the preset, each `section.field=value`."""
+    """Changes to the preset of new subjects, each `section.field=value`."""
     avatar: Avatar = "rigged"
-    """The avatar model."""
+    """The avatar model of new subjects."""
     head: Head = "anny"
-    """The head model."""
+    """The head model of new subjects."""
     check: bool = True
     """Look at new videos before anything is done with them, and say what to film again."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -82,7 +83,7 @@ class Pool(BaseModel):
 
     def subjects_at_a_time(self) -> int:
         """Workers of a pool that is started here."""
-        return self.workers or max(usable_cores() // 2, 1)
+        return self.workers or max(default_threads() // 2, 1)
 
     def check_runner(self) -> None:
         """Refuse a runner that is not installed.
@@ -105,7 +106,7 @@ class Pool(BaseModel):
             "store": self.store,
             "check": self.check,
             "device": self.device,
-            "threads": self.threads or max(usable_cores() // self.subjects_at_a_time(), 1),
+            "threads": self.threads or max(default_threads() // self.subjects_at_a_time(), 1),
             "stage_minutes": self.stage_minutes,
             "wait_minutes": self.wait_minutes,
             "routes": self.routes,
@@ -390,26 +391,18 @@ def outcome_of(
         seconds: how long that took.
         error: why it failed.
     """
-    told = read_manifest(subject.stage("evaluate")) or {}
-    psnr = ((told.get("metrics") or {}).get("test") or {}).get("psnr")
+    told = summarize(subject, stages)
+    failed = next((stage.stage for stage in told.stages if stage.state == "failed"), None)
     return Outcome(
         subject.name,
         outcome,
         round(seconds, 1),
-        psnr if isinstance(psnr, int | float) else None,
-        _failed_stage(subject, stages) if error is not None else None,
+        told.psnr,
+        failed if error is not None else None,
         error.what if error is not None else None,
         error.fix if error is not None else None,
         str(subject.report) if subject.report.is_file() else None,
     )
-
-
-def _failed_stage(subject: Subject, stages: Sequence[Stage]) -> str | None:
-    """The first stage of a subject that has failed; None where none has."""
-    with contextlib.suppress(HeadcastError):
-        states = inspect_stages(subject, stages, last_config(subject))
-        return next((state.stage for state in states if state.name == "failed"), None)
-    return None
 
 
 def batch_document(outcomes: Sequence[Outcome]) -> dict[str, Any]:

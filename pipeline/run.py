@@ -330,6 +330,11 @@ def check_captures_first(request: RunRequest, subject: Subject, reporter: Report
             )
 
 
+def ask_to_stop() -> None:
+    """Ask whatever is at work in this process to stop, as Ctrl+C does; to be called inside `stop_signals`."""
+    _stop_asked.set()
+
+
 @contextlib.contextmanager
 def stop_signals(lost: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl+C or SIGTERM into a request that stages obey between two steps; a second one interrupts.

@@ -13,7 +13,7 @@ import tyro
 
 from pipeline import __version__
 from pipeline.cli.assets import Assets
-from pipeline.cli.batch import Batch
+from pipeline.cli.batch import Batch, Nightly
 from pipeline.cli.bench import Bench
 from pipeline.cli.common import Common
 from pipeline.cli.doctor import Doctor
@@ -28,6 +28,7 @@ from pipeline.threads import one_blas_thread
 COMMANDS: dict[str, Callable[..., Common]] = {
     "run": Run,
     "batch": Batch,
+    "nightly": Nightly,
     "status": Status,
     "page": Page,
     "rerun": Rerun,

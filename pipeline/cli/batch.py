@@ -1,16 +1,17 @@
-"""`headcast batch`: many subjects brought up to date in one command."""
+"""`headcast batch` and `nightly`: many subjects brought up to date in one command."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from pipeline.cli.common import Answer, Common, Settings, Store
-from pipeline.errors import HeadcastError, UserError
+from pipeline.errors import HeadcastError, Interrupted, UserError
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Pool(Common):
     def resume_command(self) -> str | None:
         return shlex.join(["headcast", *sys.argv[1:]])
 
+    def say_how_to_go_on(self, code: int) -> None:
+        """After a stop, which still has an account to give: the command to go on with."""
+        if code == Interrupted.exit_code:
+            sys.stderr.write(f"Stopped. What is finished is kept.\nTo go on: {self.resume_command()}\n")
+
 
 @dataclass(frozen=True)
 class Batch(Pool):
@@ -65,7 +71,15 @@ class Batch(Pool):
     """What to make avatars of."""
 
     def answer(self) -> Answer:
-        from pipeline.batch import BatchRequest, batch_document, outcome_of, read_batch
+        from pipeline.batch import (
+            BatchRequest,
+            batch_document,
+            exit_code,
+            outcome_of,
+            outcomes_in,
+            read_batch,
+            table,
+        )
         from pipeline.run import nothing_to_do
         from stages import STAGES
 
@@ -76,20 +90,60 @@ class Batch(Pool):
         request = BatchRequest(what=self.what, **self.pool_options())
         runs = read_batch(request)
         if all(nothing_to_do(run, STAGES) is not None for run in runs):
-            return self.told(batch_document([outcome_of(run.target(), STAGES, "fresh") for run in runs]))
-        from flows.batch import batch_flow
+            document = batch_document([outcome_of(run.target(), STAGES, "fresh") for run in runs])
+        else:
+            from flows.batch import batch_flow
 
-        return self.told(carry_out(batch_flow, request))
-
-    def told(self, document: dict[str, Any]) -> Answer:
-        """The answer to an account of subjects; after a stop the command to go on with is said."""
-        from pipeline.batch import exit_code, outcomes_in, table
-
+            document = carry_out(batch_flow, request)
         outcomes = outcomes_in(document)
         code = exit_code(outcomes)
-        if code == 130:
-            sys.stderr.write(f"Stopped. What is finished is kept.\nTo go on: {self.resume_command()}\n")
+        self.say_how_to_go_on(code)
         return document, table(outcomes), code
+
+
+@dataclass(frozen=True)
+class Nightly(Pool):
+    """Train what is new, stale, begun or failed in the dataset, the one that waits longest first, within a budget.
+
+    For cron, or as a scheduled deployment. Subjects that are there keep the settings of their last run.
+    """
+
+    inbox: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A folder in which new videos arrive; it is read as a batch reads a folder."""
+    budget_hours: Annotated[float, tyro.conf.arg(metavar="HOURS")] = 8.0
+    """Nothing is begun that is not expected to end within so many hours."""
+    hard: bool = False
+    """Stop what is still at work when the budget is over; by default it may end."""
+    max_failures: Annotated[int, tyro.conf.arg(metavar="N")] = 3
+    """A subject that failed in so many nights in a row is left alone until its video or its settings change."""
+    verify: bool = False
+    """Read every file of finished subjects to see that it is whole; by default the manifests are believed."""
+    dry_run: bool = False
+    """Show what would be done in which order and why, and do nothing."""
+
+    def answer(self) -> Answer:
+        from pipeline.nightly import Night, NightlyRequest, plan, plan_document, plan_table
+        from stages import STAGES
+
+        names = ("inbox", "budget_hours", "hard", "max_failures", "verify")
+        request = NightlyRequest(**self.pool_options(), **{name: getattr(self, name) for name in names})
+        request.check_runner()
+        planned = plan(request, STAGES)
+        if self.dry_run:
+            return plan_document(planned), plan_table(planned, request), 0
+        if not planned.due:
+            night = Night.idle(planned, request)
+            return night.to_json(), night.markdown(), 0
+        from flows.nightly import nightly_flow
+
+        document = carry_out(nightly_flow, request)
+        code = (
+            Interrupted.exit_code
+            if document["interrupted"]
+            else int(any(entry["error"] for entry in document["subjects"]))
+        )
+        self.say_how_to_go_on(code)
+        return document, document["summary"], code
 
 
 def carry_out(flow: Any, request: Any) -> dict[str, Any]:
