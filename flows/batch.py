@@ -25,6 +25,7 @@ from pipeline.batch import BatchRequest, Outcome, Pool, batch_document, exit_cod
 from pipeline.dataset import Dataset
 from pipeline.dataset_page import write_dataset_page
 from pipeline.errors import HeadcastError, Interrupted, StageError, UserError
+from pipeline.logs import json_wanted
 from pipeline.progress import SilentReporter, default_reporter, reporting
 from pipeline.run import RunRequest, ask_to_stop, check_writable, nothing_to_do, resolve_config, stop_signals
 from stages import STAGES
@@ -111,7 +112,8 @@ def work_off(
 def bring_up_to_date(request: RunRequest) -> Outcome:
     """One subject of many, as a task: a subject flow, unless everything is fresh; its errors become an outcome."""
     subject, began = request.target(), time.monotonic()
-    with reporting(SilentReporter()):
+    # A person reads a line a subject; a log collector wants every event.
+    with reporting(default_reporter(subject.name) if json_wanted() else SilentReporter()):
         try:
             if nothing_to_do(request, STAGES) is not None:
                 return outcome_of(subject, STAGES, "fresh")

@@ -46,6 +46,7 @@ def bench(stages: Sequence[Stage], subjects: int, report: Callable[[str], None])
             "with_caches": _seconds(lambda: summaries(dataset, stages)),
             "status": _seconds(lambda: _command("status", folder)),
             "page": _seconds(lambda: _command("page", folder)),
+            "nightly": _seconds(lambda: _command("nightly", folder, "--dry-run")),
         }
         standings = {summary.standing for summary in summaries(dataset, stages)}
         assert standings == {"fresh"}, standings
@@ -62,8 +63,8 @@ def bench(stages: Sequence[Stage], subjects: int, report: Callable[[str], None])
         }
 
 
-def _command(name: str, folder: str) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", name, "--data", folder]
+def _command(name: str, folder: str, *options: str) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", name, "--data", folder, *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -74,6 +75,7 @@ def table(document: dict[str, Any]) -> str:
         "with_caches": "summaries with caches",
         "status": "headcast status",
         "page": f"headcast page, {document['page_bytes'] / 1e6:.1f} MB",
+        "nightly": "headcast nightly --dry-run",
     }
     rows = [
         f"{document['subjects']} finished subjects; each {document['outputs']} outputs, "

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.cli.common import Answer, Common, Settings, Store
-from pipeline.errors import HeadcastError, Interrupted, UserError
+from pipeline.cli.common import Answer, Common, Settings, Store, start_flow
+from pipeline.errors import Interrupted, UserError
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,8 @@ class Nightly(Pool):
         from flows.nightly import nightly_flow
 
         document = carry_out(nightly_flow, request)
-        code = (
-            Interrupted.exit_code
-            if document["interrupted"]
-            else int(any(entry["error"] for entry in document["subjects"]))
-        )
+        failed = any(subject["error"] for subject in document["subjects"])
+        code = Interrupted.exit_code if document["interrupted"] else int(failed)
         self.say_how_to_go_on(code)
         return document, document["summary"], code
 
@@ -152,16 +149,12 @@ def carry_out(flow: Any, request: Any) -> dict[str, Any]:
     Raises:
         HeadcastError: it has none.
     """
-    try:
+
+    def run(request: Any) -> dict[str, Any]:
         document = flow(request, return_state=True).result(raise_on_failure=False)
         if isinstance(document, BaseException):
             raise document
-    except (HeadcastError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # whatever Prefect meets while it starts or talks to its server
-        raise HeadcastError(
-            f"The orchestrator failed: {type(error).__name__}: {error}.",
-            "run the same command again, with --verbose for its log; what is finished is kept",
-        ) from error
-    assert isinstance(document, dict)
-    return document
+        assert isinstance(document, dict)
+        return document
+
+    return start_flow(run, request)
