@@ -7,6 +7,7 @@ import functools
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,9 @@ def service_environment(home: Path, url: str, host: str, runs: int) -> dict[str,
     """
     environment = {
         **{name: value for name, value in os.environ.items() if name not in (_MARK, "PREFECT_PROFILE")},
+        # Runs work in a folder of their own, with this very code and interpreter.
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))),
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_UI_ENABLED": "true",

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from flows.server import polled
 from pipeline.dataset import Dataset
 from pipeline.errors import HeadcastError, UserError
 from pipeline.run import RunRequest
@@ -54,7 +55,7 @@ def submit(client: Any, deployment_name: str, requests: Sequence[RunRequest]) ->
             f"Deployment '{deployment_name}' belongs to no work pool that is there, so no worker would ever run it.",
             "make the pool and deploy again: prefect --no-prompt deploy --all",
         )
-    idle = not any(str(worker.status.value) == "ONLINE" for worker in client.read_workers_for_work_pool(pool))
+    idle = not polled(client, pool)
     runs = []
     for request in requests:
         run = client.create_flow_run_from_deployment(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.environment import MARK_SERVICE
+from flows.server import polled
 from pipeline.supervision import environments
 
 CHECKS = {"RUNNING": 2, "CANCELLING": 2, "PENDING": 10}
@@ -76,5 +77,4 @@ class Watch:
 
     def _alone(self, client: Any, pool: str) -> bool:
         """Whether no other machine's worker polls a pool."""
-        workers = client.read_workers_for_work_pool(pool)
-        return all(worker.name == self._workers[pool] for worker in workers if str(worker.status.value) == "ONLINE")
+        return set(polled(client, pool)) <= {self._workers[pool]}

@@ -116,3 +116,8 @@ def _refused(error: Any) -> HeadcastError:
     if error.response.status_code in (409, 422):
         return UserError(f"The server refuses it: {reason}.", "see headcast submit --help")
     return StageError(f"The server answered {error.response.status_code}: {reason}.", "its log tells more")
+
+
+def polled(client: Any, pool: str) -> list[str]:
+    """Names of the workers that poll a work pool now."""
+    return [worker.name for worker in client.read_workers_for_work_pool(pool) if worker.status.value == "ONLINE"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.environment import LOOPBACK, MARK_SERVICE, gpu_count, quiet_prefect, service_environment
-from flows.server import HOME, RECORD, is_healthy, only_one
+from flows.server import HOME, RECORD, is_healthy, only_one, polled
 from pipeline.dataset import write_json
 from pipeline.errors import StageError
 from pipeline.supervision import Child, Say, end_marked, free_port, stop_asked
@@ -168,7 +168,7 @@ class Service:
         """Wait until workers poll, for a while: one that dies at its start is the supervisor's to start again."""
         end = time.monotonic() + WORKER_SECONDS
         while time.monotonic() < end and not self._stop.wait(0.5):
-            if all(map(client.read_workers_for_work_pool, self._options.pools)):
+            if all(polled(client, pool) for pool in self._options.pools):
                 return
 
     def supervise(self) -> None:
