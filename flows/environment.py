@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 from pipeline.logs import json_wanted, set_up_logging
 from pipeline.run import usable_cores
-from pipeline.supervision import end_with_parent, environments
+from pipeline.supervision import environments
 
 SILENT = {
     "DO_NOT_TRACK": "1",
@@ -129,4 +131,14 @@ def in_worker() -> bool:
 def end_with_worker() -> None:
     """Have a run that a worker started stop when that worker dies: nobody would hear what comes of it."""
     if in_worker():
-        end_with_parent()
+        threading.Thread(target=_watch_worker, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch_worker(worker: int) -> None:
+    while os.getppid() == worker:
+        time.sleep(0.1)
+    # Nobody reads what is printed any more; a broken pipe must not look like a fault of the stage.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.kill(os.getpid(), signal.SIGTERM)
