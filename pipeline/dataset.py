@@ -195,6 +195,25 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
+def refuse_newer(record: Any, known: int, path: Path) -> None:
+    """Leave alone what a newer headcast wrote: this one would misread it, or write over it.
+
+    Args:
+        record: what was read, of whatever kind.
+        known: the newest schema that this code knows.
+        path: where it was read.
+
+    Raises:
+        UserError: its schema is newer.
+    """
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if type(schema) is int and schema > known and seal_fits(record):  # else a bit was flipped
+        raise UserError(
+            f"'{path}' was made by a newer headcast: its schema is {schema}, and this one knows {known}.",
+            "update headcast to the version that made it, or choose another dataset with --data",
+        )
+
+
 def fsync_tree(folder: Path) -> None:
     """Bring a folder's files and names to disk, so that a rename after it never publishes empty files."""
     for path in [*folder.rglob("*"), folder]:

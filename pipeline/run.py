@@ -26,6 +26,7 @@ from pipeline.dataset import (
     Dataset,
     Subject,
     fsync_path,
+    refuse_newer,
     seal_fits,
     sealed,
     sha256_file,
@@ -52,6 +53,7 @@ from pipeline.source import (
 )
 from pipeline.stage import Stage, State, inspect_stages, run_stage
 
+RUN_SCHEMA = 1
 LOCK_RETRY_SECONDS = 5.0
 _stop_asked = threading.Event()
 
@@ -150,6 +152,7 @@ def last_config(subject: Subject) -> Config:
         return preset_config("quick")
     try:
         content = json.loads(record.read_bytes())
+        refuse_newer(content, RUN_SCHEMA, record)
         if not seal_fits(content):
             raise ValueError("a bit was flipped")
         return Config.model_validate(content["config"])
@@ -170,6 +173,8 @@ def prepare(request: RunRequest, stages: Sequence[Stage]) -> tuple[Subject, Conf
     subject = request.target()
     if not request.videos:
         Dataset(request.data).existing(subject.name)
+    with contextlib.suppress(OSError, ValueError):
+        refuse_newer(json.loads((subject.root / RUN_RECORD).read_bytes()), RUN_SCHEMA, subject.root / RUN_RECORD)
     config = resolve_config(request, subject)
     check_span(config.decode, len(request.videos))
     names = [stage.name for stage in stages]
@@ -211,7 +216,7 @@ def open_subject(request: RunRequest, subject: Subject, config: Config) -> None:
         register_photo(subject, request.like)
     if request.alpha:
         register_alphas(subject, request.alpha)
-    write_json(subject.root / RUN_RECORD, sealed({"schema": 1, "config": config.model_dump(mode="json")}))
+    write_json(subject.root / RUN_RECORD, sealed({"schema": RUN_SCHEMA, "config": config.model_dump(mode="json")}))
     for folder in (subject.root, subject.root.parent):  # before anything is published in them
         fsync_path(folder)
 

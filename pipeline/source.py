@@ -21,6 +21,7 @@ from pipeline.dataset import (
     fsync_path,
     fsync_tree,
     link_or_copy,
+    refuse_newer,
     seal_fits,
     sealed,
     sha256_file,
@@ -481,6 +482,7 @@ def _registered(subject: Subject) -> dict[str, Any] | None:
 
     try:
         record = json.loads((subject.source / "source.json").read_bytes())
+        refuse_newer(record, SCHEMA, subject.source / "source.json")
         if not seal_fits(record):
             return None
         record.pop("seal", None)

@@ -31,6 +31,7 @@ from pipeline.dataset import (
     canonical_json,
     fsync_path,
     fsync_tree,
+    refuse_newer,
     seal_fits,
     sealed,
     sha256_file,
@@ -177,9 +178,14 @@ def outputs_digest(outputs: list[dict[str, Any]]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """A finished stage's manifest, or None where there is none that can be read."""
+    """A finished stage's manifest, or None where there is none that can be read.
+
+    Raises:
+        UserError: a newer headcast wrote it.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
+        refuse_newer(manifest, SCHEMA, folder / MANIFEST)
         complete = manifest["schema"] == SCHEMA and all(
             isinstance(entry["path"], str) and type(entry["size"]) is int for entry in manifest["outputs"]
         )

@@ -199,12 +199,12 @@ class _Summarizer:
     def summarize(self, subject: Subject) -> Summary:
         try:
             config = last_config(subject)
+            if self._verify:
+                summary = _digest(subject, self._stages, config, verify=True)
+            else:
+                summary = self._cached(subject, config) or self._remember(subject, config)
         except UserError as error:
-            return self._at_present(subject, Summary(subject.name, "unreadable", error.what, error.fix))
-        if self._verify:
-            summary = _digest(subject, self._stages, config, verify=True)
-        else:
-            summary = self._cached(subject, config) or self._remember(subject, config)
+            summary = Summary(subject.name, "unreadable", error.what, error.fix)
         return self._at_present(subject, summary)
 
     def _cached(self, subject: Subject, config: Config) -> Summary | None:
