@@ -26,9 +26,11 @@ class Bench(Common):
     other baselines, speed and size, with a picture in --data/SUBJECT/bench/; what is finished there is not done again,
     and the exit code is 1 if a model failed on a clip. ablation: the same for gaussianhead with one part left out each.
     status: how long it takes to tell how many finished subjects stand, in a made-up dataset; a minute.
+    faults: stages, runs, worker and server are killed at random moments, and the same command is given again until all
+    is done; what was lost, torn or different in the end, exit code 1 if anything was; some minutes.
     """
 
-    what: tyro.conf.Positional[Literal["raster", "run", "matte", "avatars", "ablation", "status"]] = "raster"
+    what: tyro.conf.Positional[Literal["raster", "run", "matte", "avatars", "ablation", "status", "faults"]] = "raster"
     """What to measure."""
     videos: tyro.conf.Positional[tuple[Path, ...]] = ()
     """For run, avatars and ablation: the clips; by default the sample clip. For matte: clips beside the composites."""
@@ -45,6 +47,10 @@ class Bench(Common):
 
     subjects: int = 1000
     """For status: how many."""
+    kills: int = 50
+    """For faults: how many."""
+    seed: int = 0
+    """For faults: of the moments."""
 
     def answer(self) -> Answer:
         from pipeline.progress import default_reporter
@@ -57,6 +63,12 @@ class Bench(Common):
                 raise UserError(
                     f"{option} says nothing to bench {self.what}.", f"it is for: bench {' and '.join(meant)}"
                 )
+        if self.what == "faults":
+            from pipeline import bench_faults
+            from stages.noop import ORDER
+
+            document = bench_faults.bench(tuple(ORDER), self.kills, self.seed, default_reporter().message)
+            return document, bench_faults.table(document), 0 if document["whole"] else 1
         if self.what == "raster":
             for name, value in (("threads", self.threads), ("peak-gflops", self.peak_gflops)):
                 if value is not None and value <= 0:
