@@ -349,9 +349,9 @@ def _wait_for_end(store: LeaseStore, epoch: int, what: str, kernel_lock: str, ti
     if data is None or _is_over(record, kernel_lock):
         return
     end = _stillness.since(store, name, data) + max(times.period, record.period if record else 0)
-    if boot_seconds() < end:
+    if (left := end - boot_seconds()) > 0:
         holder = record.holder if record else "a run whose lease cannot be read"
-        log.warning("%s was left by %s; looking for up to %.0f s whether that still works", what, holder, times.period)
+        log.warning("%s was left by %s; looking for up to %.0f s whether that still works", what, holder, left)
     while (left := end - boot_seconds()) > 0:
         time.sleep(min(left, times.renew / 5))
         now = store.read(name)
@@ -369,13 +369,16 @@ def _is_over(record: LeaseRecord | None, kernel_lock: str) -> bool:
 
 
 def _usurper(store: LeaseStore, epoch: int, token: str) -> str | None:
-    """Why a lease is no longer its holder's, in words; None while it is."""
-    newest = max(_epochs(store), default=0)
-    if newest > epoch:
-        record = _parse(store.read(_name(newest)))
-        return f"another run took over ({record.holder if record else 'which does not say its name'})"
-    record = _parse(store.read(_name(epoch)))
-    return None if record is not None and record.token == token else "its lease was removed or written over"
+    """Why the last lease is no longer this holder's, in words; None while it is."""
+    newest = max(_epochs(store), default=epoch)
+    data = store.read(_name(newest)) or b""
+    # The token stands there even while its holder is writing: only the counter behind it changes.
+    if token.encode() in data:
+        return None
+    if newest <= epoch:
+        return "its lease was removed or written over"
+    record = _parse(data)
+    return f"another run took over ({record.holder if record else 'which does not say its name'})"
 
 
 def _lost(what: str, why: str) -> LeaseLost:
@@ -409,11 +412,33 @@ class Lease:
         return f"{self.epoch}:{self._record.token}"
 
     def lost(self) -> bool:
-        """Whether the lease can no longer be relied on. Cheap: reads a clock; once true it stays true."""
-        idle = boot_seconds() - self._renewed
-        if not self._why and idle > self.times.trust:
-            self._why = f"its lease was not renewed for {idle:.0f} s (it was stopped, or its storage did not answer)"
+        """Whether the lease can no longer be relied on; once true it stays true.
+
+        Cheap: reads a clock. Only after a time without renewals it goes to the store, to see whether anybody came.
+        """
+        while not self._why and self._idle() > self.times.trust:
+            self._take_again()
         return bool(self._why)
+
+    def _idle(self) -> float:
+        return boot_seconds() - self._renewed
+
+    def _take_again(self) -> None:
+        """Go on after a time without renewals if nobody came in between, which making the next number proves."""
+        with self._files:
+            started, idle = boot_seconds(), self._idle()
+            if self._why or idle <= self.times.trust:  # another thread was here first
+                return
+            why = None
+            try:
+                why = _usurper(self.store, self.epoch, self._record.token)
+                if why is None and not _make_next(self.store, self.epoch, self._record):
+                    self.epoch, self._renewed = self.epoch + 1, started
+                    return
+                why = why or _usurper(self.store, self.epoch, self._record.token)
+            except OSError as error:
+                log.info("the lease of %s could not be taken again: %s", self.what, error)
+            self._why = why or f"its lease was not renewed for {idle:.0f} s (it was stopped, or its storage was silent)"
 
     def check(self) -> None:
         """Look whether the lease is still this one's. Call it right before what only the holder may do.
@@ -488,20 +513,27 @@ def take_lease(store: LeaseStore, what: str, *, kernel_lock: str = "", times: Ti
             )
         if last:
             _wait_for_end(store, last, what, kernel_lock, times)
-        epoch, taken = last + 1, boot_seconds()
-        if not store.create(_name(epoch), record.encode()):
-            last = epoch
-            continue
-        # The list may have been old, as from a cache of the file system, or this taker slow, so that others came and
-        # went in the meantime. The new file makes the list anew: only the lease that was looked at may be there.
-        others = [other for other in _epochs(store) if other != epoch]
-        if others[-1:] in ([], [last]):
-            break
+        taken = boot_seconds()
+        rival = _make_next(store, last, record)
+        if not rival:
+            return Lease(store, what, last + 1, record, times, taken)
+        last = rival
+
+
+def _make_next(store: LeaseStore, last: int, record: LeaseRecord) -> int:
+    """Make the lease that follows one that was looked at; returns the number that stands instead, 0 when it is made."""
+    epoch = last + 1
+    if not store.create(_name(epoch), record.encode()):
+        return epoch
+    # The list may have been old, as from a cache of the file system, or this taker slow, so that others came and went
+    # in the meantime. The new file makes the list anew: only the lease that was looked at may be there.
+    others = [other for other in _epochs(store) if other != epoch]
+    if others[-1:] not in ([], [last]):
         store.remove(_name(epoch))
-        last = others[-1]
+        return others[-1]
     for old in others:
         store.remove(_name(old))
-    return Lease(store, what, epoch, record, times, taken)
+    return 0
 
 
 class Ticket:
@@ -519,7 +551,8 @@ class Ticket:
         self._store = FolderLeases(folder)
         self._what = what
         self._times = times
-        self._looked = -math.inf
+        self._looked = self._moved = -math.inf
+        self._data = b""
         self._why = ""
 
     def lost(self) -> bool:
@@ -535,17 +568,20 @@ class Ticket:
         Raises:
             LeaseLost: it is not.
         """
-        self._looked = boot_seconds()
         with contextlib.suppress(OSError):
-            self._why = self._why or _usurper(self._store, self._epoch, self._token) or self._idle()
+            self._why = self._why or _usurper(self._store, self._epoch, self._token) or self._standstill()
         if self._why:
             raise _lost(self._what, self._why)
 
-    def _idle(self) -> str:
-        """Why the holder seems to stand still, in words. A renewal is seen up to one renewal after it was made."""
-        name = _name(self._epoch)
-        idle = boot_seconds() - _stillness.since(self._store, name, self._store.read(name) or b"")
-        return f"its lease was not renewed for {idle:.0f} s" if idle > self._times.trust - self._times.renew else ""
+    def _standstill(self) -> str:
+        """That the holder seems to stand still, in words. A renewal is seen up to one renewal after it was made."""
+        now, patience = boot_seconds(), self._times.trust - self._times.renew
+        data = self._store.read(_name(max(_epochs(self._store), default=0))) or b""
+        if data != self._data or now - self._looked > patience:  # who was stopped itself has to look anew
+            self._data, self._moved = data, now
+        self._looked = now
+        idle = now - self._moved
+        return f"its lease was not renewed for {idle:.0f} s" if idle > patience else ""
 
 
 @dataclass(frozen=True)
