@@ -1135,6 +1135,17 @@ STEPS = st.tuples(
         (1.0, "take", 2, 0.0, 0),
     ]
 )
+# A holder is stopped for long.
+@example([(0.0, "take", 0, 0.0, 0), (1.0, "stall", 0, 120.0, 0), (1.0, "take", 1, 0.0, 0)])
+# A holder that was stopped goes on, and is held up again before it knows that it may.
+@example(
+    [
+        (0.0, "take", 0, 0.0, 0),
+        (1.0, "stall", 0, 40.0, 0),
+        (1.0, "slow", 0, 100.0, 4),
+        (41.0, "take", 1, 0.0, 0),
+    ]
+)
 def test_two_machines_never_rely_on_a_lease_at_once(plan: list[Step]) -> None:
     world = World(plan)
     with pytest.MonkeyPatch.context() as patch:
