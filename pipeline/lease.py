@@ -2,9 +2,10 @@
 
 A lease is a small file `lease-NUMBER.json`. Whoever takes the folder makes the file of the next number exclusively, so
 that one of several takers wins, and from then on raises a counter in it every few seconds. A lease whose counter stood
-still for a period is over and the next number may be taken; its old holder finds the higher number, or finds that its
-own last renewal is too long ago, and stops. Every process measures with its own clock, which runs on while the machine
-sleeps; no clocks are compared. The file of the highest number is never removed, so numbers only rise.
+still for a period is over and the next number may be taken. Its old holder finds the higher number and stops; or it
+finds that its own last renewal is too long ago, and goes on only if it can still make the next number itself. Every
+process measures with its own clock, which runs on while the machine sleeps; no clocks are compared. The file of the
+highest number is never removed, so numbers only rise.
 """
 
 from __future__ import annotations
