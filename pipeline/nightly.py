@@ -24,7 +24,8 @@ from pipeline.frames import counted
 from pipeline.run import RunRequest
 from pipeline.source import is_registered
 from pipeline.stage import Stage
-from pipeline.summary import Summary, summaries, summarize
+from pipeline.store import open_store
+from pipeline.summary import Summary, stored_summaries, summaries, summarize
 
 SCHEMA = 1
 MEMORY = ".nightly.json"
@@ -103,10 +104,11 @@ def plan(request: NightlyRequest, stages: Sequence[Stage]) -> Plan:
     """Find what is new, stale, begun or failed. Reads only.
 
     Raises:
-        UserError: the inbox is no folder.
+        UserError: the inbox is no folder, or the store none.
+        Unavailable: the store does not answer.
     """
     dataset = Dataset(request.data)
-    standing = {summary.subject: summary for summary in summaries(dataset, stages, verify=request.verify)}
+    standing = _standings(request, stages)
     durations = _Durations(standing.values())
     memory = _Memory(request.data)
     found = []
@@ -118,6 +120,27 @@ def plan(request: NightlyRequest, stages: Sequence[Stage]) -> Plan:
     ready = [_unless_hopeless(candidate, memory, request.max_failures) for candidate in by_name.values()]
     ready.sort(key=lambda candidate: (candidate.waiting_since or LONG_AGO, candidate.subject))
     return Plan(tuple(ready), tuple(faults))
+
+
+def _standings(request: NightlyRequest, stages: Sequence[Stage]) -> dict[str, Summary]:
+    """How each subject stands, in the dataset and on its object store if it has one.
+
+    What is fresh there is done. What is not counts as it stands here, where failures are known; where it is fresh here
+    it only has to be taken there.
+    """
+    here = {summary.subject: summary for summary in summaries(Dataset(request.data), stages, verify=request.verify)}
+    if request.store is None:
+        return here
+    store = open_store(request.store)
+    store.check()
+    there = {summary.subject: summary for summary in stored_summaries(store, stages)}
+    ahead = f"finished here, not in '{store.url}' yet"
+    known = {
+        name: replace(told, standing="partial", why=ahead, stages=()) if told.standing == "fresh" else told
+        for name, told in here.items()
+    }
+    done = {name: told for name, told in there.items() if told.standing == "fresh"}
+    return {**there, **known, **done}
 
 
 def _known_subject(

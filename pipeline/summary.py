@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pipeline import __version__
 from pipeline.config import Config
@@ -28,6 +28,9 @@ from pipeline.errors import UserError
 from pipeline.progress import Progress, read_progress
 from pipeline.run import last_config
 from pipeline.stage import MANIFEST, Level, Stage, State, StateName, attempt_at, published_states
+
+if TYPE_CHECKING:
+    from pipeline.store import DatasetStore
 
 SCHEMA = 1
 CACHE = "summary.json"
@@ -165,6 +168,19 @@ def summaries(dataset: Dataset, stages: Sequence[Stage], *, verify: bool = False
     """How every subject of a dataset stands, by name."""
     summarizer = _Summarizer(stages, verify)
     return [summarizer.summarize(subject) for subject in dataset.subjects()]
+
+
+def stored_summaries(store: DatasetStore, stages: Sequence[Stage], names: Sequence[str] | None = None) -> list[Summary]:
+    """How subjects stand on an object store by its manifests, by name; none of their files is brought.
+
+    Args:
+        store: where the dataset is.
+        stages: in the order in which they run.
+        names: the subjects; by default all.
+    """
+    with tempfile.TemporaryDirectory(prefix="headcast-") as folder:
+        store.outline(Path(folder), names)
+        return summaries(Dataset(Path(folder)), stages)
 
 
 def age_text(when: datetime | None, now: datetime) -> str:

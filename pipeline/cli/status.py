@@ -58,11 +58,8 @@ class Status(Common):
         return {"schema": 1, "subjects": [account_of(s, dataset.root) for s in told]}, _table(told, self.data), 0
 
     def _stored(self, url: str) -> Answer:
-        import tempfile
-
-        from pipeline.dataset import Dataset
         from pipeline.store import open_store
-        from pipeline.summary import summaries
+        from pipeline.summary import stored_summaries
         from stages import STAGES
 
         if self.watch or self.verify:
@@ -71,10 +68,8 @@ class Status(Common):
             )
         store = open_store(url)
         store.check()
-        with tempfile.TemporaryDirectory(prefix="headcast-") as folder:
-            store.outline(Path(folder), [self.subject] if self.subject else None)
-            told = summaries(Dataset(Path(folder)), STAGES)
-        documents = [account_of(summary, Path(folder)) for summary in told]
+        told = stored_summaries(store, STAGES, [self.subject] if self.subject else None)
+        documents = [account_of(summary, self.data) for summary in told]
         for document in documents:
             document["folder"] = f"{store.url}/{document['subject']}"
             document["report"] = document["report"] and f"{document['folder']}/{Path(document['report']).name}"

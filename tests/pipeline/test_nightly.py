@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from object_store import publish_manifests
 from pydantic import ValidationError
 
 from pipeline.batch import Outcome
@@ -31,6 +32,7 @@ from pipeline.nightly import (
 )
 from pipeline.run import RunRequest, hold, last_config, open_subject, resolve_config
 from pipeline.stage import inspect_stages, work_folder
+from pipeline.store import open_store
 from pipeline.video import write_video
 from stages.noop import STAGES
 
@@ -288,3 +290,29 @@ def test_the_account_in_the_morning() -> None:
     assert document["left"] == [{"subject": "dora", "why": night.left[0][1]}]
     assert document["summary"] == page
     assert [entry["outcome"] for entry in document["subjects"]] == ["done", "failed", "stopped"]
+
+
+def test_a_store_counts_with_what_is_known_here(data: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("anna", "bert", "cleo", "dora"):
+        finished(elsewhere, name)
+    for name in ("anna", "bert", "cleo"):
+        finished(data, name)
+    stale(Dataset(elsewhere).subject("bert"), "fit")
+    stale(Dataset(elsewhere).subject("dora"), "export")
+    stale(Dataset(elsewhere).subject("cleo"), "train")
+    stale(Dataset(data).subject("cleo"), "train")
+    fail(Dataset(data).subject("cleo"), "train")
+    stale(Dataset(data).subject("anna"), "fit")
+    finished(data, "emil")
+    store = open_store(f"memory://{tmp_path.name}")
+    publish_manifests(store, Dataset(elsewhere))
+    told = planned(data, store=store.url)
+    assert {name: each.reason for name, each in told.items()} == {
+        "bert": "partial",
+        "cleo": "failed",
+        "dora": "stale",
+        "emil": "partial",
+    }, "anna is fresh there, whatever is here"
+    assert told["emil"].why == f"finished here, not in '{store.url}' yet"
+    assert told["dora"].run.store == store.url

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from object_store import publish_manifests
 
 from pipeline.bench_status import make_finished_subject
 from pipeline.cli.status import Page, Status
@@ -171,20 +172,9 @@ def test_the_page_is_written_and_named(data: Path) -> None:
 @pytest.fixture
 def store(data: Path) -> DatasetStore:
     """What publishes `anna` and `bert` on an object store, and none of their files."""
-    store = open_store(f"memory://{data.name}")
     (data / "anna" / "report.html").write_text("report")
-    for subject in Dataset(data).subjects():
-        place = f"{store.root}/{subject.name}"
-        manifests = {path.parent.name: json.loads(path.read_bytes()) for path in subject.root.glob("*/stage.json")}
-        source = json.loads((subject.source / "source.json").read_bytes())
-        manifests["source"] = {"stage": "source", "key": "1" * 64, "digest": "1" * 64, "source": source, "outputs": []}
-        for part, manifest in manifests.items():
-            size = sum(output["size"] for output in manifest.pop("outputs"))
-            entry = {"schema": 1, "sha256": "1" * 64, "size": size, "manifest": manifest}
-            store.fs.pipe_file(f"{place}/{part}.json", json.dumps(entry).encode())
-        for path in (subject.root / "run.json", subject.report):
-            if path.is_file():
-                store.fs.pipe_file(f"{place}/{path.name}", path.read_bytes())
+    store = open_store(f"memory://{data.name}")
+    publish_manifests(store, Dataset(data))
     return store
 
 
