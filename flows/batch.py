@@ -175,6 +175,7 @@ def _workers(pool: Pool) -> Iterator[tuple[TaskRunner[Any], int]]:
 
 @contextlib.contextmanager
 def _dask(pool: Pool) -> Iterator[tuple[TaskRunner[Any], int]]:
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
     from prefect_dask.task_runners import DaskTaskRunner
 
     count = pool.subjects_at_a_time()

@@ -250,9 +250,11 @@ def read_subjects(pool: Pool, what: Sequence[str]) -> Reading:
 def _read_entries(pool: Pool, entries: Sequence[Path], reading: Reading) -> None:
     """Take each video, and each folder with its clips, for a subject; other files and hidden ones are passed over."""
     for entry in entries:
-        if entry.name.startswith(".") or entry.resolve() == pool.data.resolve():
+        if entry.name.startswith("."):
             continue
         if entry.is_dir():
+            if entry.resolve() == pool.data.resolve():
+                continue
             reading.take(str(entry), _folder_run, pool, entry)
         elif entry.suffix.lower() in VIDEO_SUFFIXES:
             reading.take(str(entry), pool.new_subject, [entry])
@@ -392,13 +394,14 @@ def outcome_of(
         error: why it failed.
     """
     told = summarize(subject, stages)
-    failed = next((stage.stage for stage in told.stages if stage.state == "failed"), None)
+    # An earlier failure may be on record that has nothing to do with this one.
+    where = [stage.stage for stage in told.stages if stage.state == "failed" and error and stage.why == error.what]
     return Outcome(
         subject.name,
         outcome,
         round(seconds, 1),
         told.psnr,
-        failed if error is not None else None,
+        where[0] if where else None,
         error.what if error is not None else None,
         error.fix if error is not None else None,
         str(subject.report) if subject.report.is_file() else None,

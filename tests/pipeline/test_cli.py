@@ -38,7 +38,19 @@ def video(path: Path, width: int = 96, height: int = 96, frames: int = 12) -> Pa
 def test_help_teaches_every_command(tmp_path: Path) -> None:
     done = headcast("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("run", "status", "page", "rerun", "doctor", "assets", "demo", "bench", "reenact"):
+    for command in (
+        "run",
+        "batch",
+        "nightly",
+        "status",
+        "page",
+        "rerun",
+        "doctor",
+        "assets",
+        "demo",
+        "bench",
+        "reenact",
+    ):
         assert command in done.stdout
         page = headcast(command, "--help", cwd=tmp_path)
         assert page.returncode == 0
