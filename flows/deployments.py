@@ -30,7 +30,7 @@ class Schedule(BaseModel):
     def _known(cls, value: str) -> str:
         try:
             ZoneInfo(value)
-        except (ValueError, OSError):
+        except (ValueError, OSError, KeyError):
             raise ValueError(f"'{value}' is no time zone; for example Europe/Berlin") from None
         return value
 

@@ -123,14 +123,14 @@ def gpu_count() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
-def in_worker() -> bool:
-    """Whether a worker started this process for a run."""
-    return "PREFECT__FLOW_RUN_ID" in os.environ
+def worker_run() -> str | None:
+    """The id of the run that a worker started this process for, where one did."""
+    return os.environ.get("PREFECT__FLOW_RUN_ID")
 
 
 def end_with_worker() -> None:
     """Have a run that a worker started stop when that worker dies: nobody would hear what comes of it."""
-    if in_worker():
+    if worker_run() is not None:
         threading.Thread(target=_watch_worker, args=(os.getppid(),), daemon=True).start()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.server import polled
-from pipeline.dataset import Dataset
+from pipeline.dataset import Subject
 from pipeline.errors import HeadcastError, UserError
+from pipeline.progress import read_progress
 from pipeline.run import RunRequest
 
 WAIT_MINUTES = 720.0
@@ -60,7 +60,7 @@ def submit(client: Any, deployment_name: str, requests: Sequence[RunRequest]) ->
     for request in requests:
         run = client.create_flow_run_from_deployment(
             deployment.id,
-            parameters={"request": request.model_dump(mode="json", exclude_unset=True)},
+            parameters={"request": request.model_dump(mode="json", exclude_unset=True, exclude={"threads"})},
             name=f"{deployment_name.partition('/')[0]}-{request.target().name}",
             state=Scheduled(),
         )
@@ -71,15 +71,13 @@ def submit(client: Any, deployment_name: str, requests: Sequence[RunRequest]) ->
 
 def prepared(request: RunRequest) -> RunRequest:
     """A request that means the same wherever a worker carries it out: every path absolute, busy subjects waited for."""
-    changes: dict[str, Any] = {"data": request.data.absolute()}
+    changes: dict[str, Any] = {"data": request.data.absolute(), "wait_minutes": WAIT_MINUTES}
     if request.videos:
         changes["videos"] = tuple(path.absolute() for path in request.videos)
     if request.alpha:
         changes["alpha"] = tuple(path.absolute() for path in request.alpha)
     if request.like is not None:
         changes["like"] = request.like.absolute()
-    if not request.wait_minutes:
-        changes["wait_minutes"] = WAIT_MINUTES
     return request.model_copy(update=changes)
 
 
@@ -156,11 +154,8 @@ def progress_of(subject: str | None, data: str | None) -> str | None:
     """How far a subject's stage is, where its folder can be seen from here and tells."""
     if subject is None or data is None:
         return None
-    try:
-        record = json.loads((Dataset(Path(data)).subject(subject).work / "progress.json").read_bytes())
-        return f"{record['stage']}: {record['done']}/{record['total']} {record['unit']}"
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        return None
+    progress = read_progress(Subject(Path(data, subject)).progress)
+    return progress.line() if progress else None
 
 
 def cancel(client: Any, wanted: Sequence[str], data: Path | None, everything: bool) -> list[dict[str, Any]]:

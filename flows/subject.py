@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from flows.environment import end_with_worker, in_worker, quiet_prefect, shield_server
+from flows.environment import end_with_worker, gpu_count, quiet_prefect, shield_server, worker_run
 from pipeline.threads import one_blas_thread
 
 quiet_prefect()
@@ -25,6 +25,7 @@ from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 from prefect.tasks import exponential_backoff  # noqa: E402
 
+from flows.artifacts import progress_shown, show_verdicts  # noqa: E402
 from pipeline.assets import ensure_assets  # noqa: E402
 from pipeline.config import Config  # noqa: E402
 from pipeline.errors import (  # noqa: E402
@@ -36,7 +37,7 @@ from pipeline.errors import (  # noqa: E402
     UserError,
 )
 from pipeline.mirror import open_mirror  # noqa: E402
-from pipeline.progress import default_reporter  # noqa: E402
+from pipeline.progress import Reporter, default_reporter  # noqa: E402
 from pipeline.report import build_report  # noqa: E402
 from pipeline.run import (  # noqa: E402
     RunRequest,
@@ -68,8 +69,12 @@ def subject_flow(request: RunRequest) -> list[str]:
     Raises:
         HeadcastError: the request is at fault, or a stage failed; the report is written all the same.
     """
+    with progress_shown(request.target(), default_reporter(request.target().name)) as reporter:
+        return _bring_up_to_date(request, reporter)
+
+
+def _bring_up_to_date(request: RunRequest, reporter: Reporter) -> list[str]:
     subject, worked = request.target(), []
-    reporter = default_reporter(subject.name)
     mirror = open_mirror(request.store, subject, reporter)
 
     def exchange(step: Callable[..., None], *arguments: Any) -> None:
@@ -104,7 +109,7 @@ def subject_flow(request: RunRequest) -> list[str]:
                 with stage_worker(request, subject, STAGES, config, held, mirror, reporter) as work:
                     for stage in part:
                         label = f"[{wanted.index(stage) + 1}/{len(wanted)}] {stage.name}"
-                        manifest = attempt(stage.name, bring_up_to_date, work, stage)
+                        manifest = attempt(stage.name, bring_up_to_date, work, stage, tags=limits_of(request, stage))
                         if isinstance(manifest, dict):
                             worked.append(stage.name)
                             reporter.message(f"{label}: {manifest['seconds']:.1f} s. {manifest['verdict']['text']}")
@@ -114,13 +119,15 @@ def subject_flow(request: RunRequest) -> list[str]:
             # A full disk or a store that is down must not hide the stage's own error.
             with contextlib.suppress(OSError, HeadcastError):
                 build_report(subject, STAGES, config)
+                show_verdicts(subject, STAGES)
                 mirror.push_report()
-            if isinstance(error, Interrupted) and in_worker():
+            if isinstance(error, Interrupted) and flow_run.id == worker_run():
                 # Tells Prefect that this run was stopped and has not failed: it is cancelled if that was asked for,
                 # else crashed, and then scheduled again.
                 raise TerminationSignal(signal.SIGTERM) from error
             raise
         build_report(subject, STAGES, config)
+        show_verdicts(subject, STAGES)
         exchange(mirror.push_report)
     return worked
 
@@ -152,11 +159,17 @@ def send_to(deployment: str, request: RunRequest) -> None:
         raise kind(f"Run '{run.name}' of deployment '{deployment}' did not finish: {why}.", "its log tells more")
 
 
-def attempt(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+def limits_of(request: RunRequest, stage: Stage) -> set[str]:
+    """The tags by which a server limits how many of a stage there are at one time: `gpu` where it will use one."""
+    return {"gpu"} if stage.needs == "gpu" and request.device != "cpu" and gpu_count() else set()
+
+
+def attempt(name: str, work: Callable[..., Any], *arguments: Any, tags: Collection[str] = ()) -> Any:
     """Carry out a step as a task of the run; it is tried again where that can help (`HeadcastError.retryable`)."""
     patient: Task[..., Any] = Task(
         work,
         name=name,
+        tags=tags,
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=RETRIES,

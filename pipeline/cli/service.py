@@ -55,11 +55,16 @@ class Serve(Common):
 
 @dataclass(frozen=True)
 class Submit(Run):
-    """Put videos of one person in the queue of a running service; it is checked here as `headcast run` would.
+    """Put videos of one person, or a batch of many, in the queue of a running service; all is checked here first.
 
-    The service is the dataset's own (headcast serve), or the one that PREFECT_API_URL names.
+    Without a video, --subject is brought up to date with the settings of its last run. The service is the dataset's
+    own (headcast serve), or the one that PREFECT_API_URL names.
     """
 
+    batch: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER|CSV|PATTERN")] = ()
+    """Many subjects, read as headcast batch reads them, each a run of its own; may be given several times."""
+    route: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="gpu=FLOW/NAME")] = ()
+    """Send the stages that gain from a GPU to another pool's deployment, for example gpu=subject/stages."""
     watch: bool = False
     """Wait until it has ended, and end with its exit code."""
     deployment: Annotated[str, tyro.conf.arg(metavar="FLOW/NAME")] = "subject/subject"
@@ -69,25 +74,57 @@ class Submit(Run):
         from pipeline.run import check_writable, nothing_to_do
         from stages import STAGES
 
-        requests = [self.request()]
-        for request in requests:
-            nothing_to_do(request, STAGES)  # refuses what is at fault
-            check_writable(request.data)
+        requests = self.requests()
+        check_writable(self.data)
+        waiting = [request for request in requests if nothing_to_do(request, STAGES) is None]
+        if len(waiting) < len(requests):
+            _say(f"{len(requests) - len(waiting)} of {len(requests)}: everything is fresh, nothing to do.")
+        if not waiting:
+            return {"schema": 1, "runs": []}, "", 0
         from flows.following import follow
         from flows.queue import prepared, submit
         from flows.server import connect
 
         with connect(self.data) as client:
-            runs = submit(client, self.deployment, [prepared(request) for request in requests])
-            for run in runs:
-                if run.waits_for_worker:
-                    _say(
-                        f"No worker polls pool '{run.pool}' now; '{run.name}' waits for one: "
-                        f"headcast serve, or prefect worker start --pool {run.pool}"
-                    )
+            runs = submit(client, self.deployment, [prepared(request) for request in waiting])
+            if runs[0].waits_for_worker:
+                _say(
+                    f"No worker polls pool '{runs[0].pool}' now; what is submitted waits for one: "
+                    f"headcast serve, or prefect worker start --pool {runs[0].pool}"
+                )
             code = follow(client, runs, _say) if self.watch else 0
         text = "\n".join(f"{run.name}  {run.id}  {run.page}" for run in runs)
         return {"schema": 1, "runs": [asdict(run) for run in runs]}, text, code
+
+    def requests(self) -> list[Any]:
+        """What is to be run, one request for each subject.
+
+        Raises:
+            UserError: nothing is named, or a batch or a route is at fault.
+        """
+        from pipeline.batch import BatchRequest, read_batch
+        from pipeline.run import RunRequest
+
+        if self.batch:
+            if self.videos or self.subject:
+                raise UserError("Both a batch and a subject are named.", "submit one after the other")
+            same = {
+                name: getattr(self, name) for name in ("data", "preset", "avatar", "head", "device", "stage_minutes")
+            }
+            requests = read_batch(BatchRequest(what=self.batch, check=not self.no_check, settings=self.set, **same))
+        elif not self.videos and self.subject is not None:
+            same = {
+                name: getattr(self, name) for name in ("data", "subject", "first", "last", "device", "stage_minutes")
+            }
+            requests = [RunRequest(**same, store=self.store)]
+        else:
+            requests = [self.request()]
+        routes = dict(route.partition("=")[::2] for route in self.route)
+        # Validated anew: a copy would take any route.
+        return [RunRequest(**{**dict(request), "routes": routes}) for request in requests] if routes else requests
+
+    def _options(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
 
     def resume_command(self) -> str | None:
         return None  # the service goes on without us
