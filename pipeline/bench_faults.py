@@ -293,7 +293,12 @@ class _Site:
 def watch(data: str, stages: Sequence[str]) -> None:
     """The reader: verify every finished stage against its manifest until standard input is closed, then tell."""
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+
+    def listen() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=listen, daemon=True).start()
     torn, reads = set(), 0
     while not ended.wait(0.02):
         for subject in Dataset(Path(data)).subjects():

@@ -5,6 +5,7 @@ The layout is documented in `docs/dataset.md`. All paths kept in files are relat
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -169,8 +170,10 @@ def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
                 os.fsync(file.fileno())
         Path(name).chmod(0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # writing and flushing tell none
         raise
 
 
@@ -226,4 +229,9 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        try:
+            shutil.copyfile(source, target)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                error.filename, error.filename2 = str(target), None  # not the file that was to be copied
+            raise

@@ -51,7 +51,7 @@ from pipeline.source import (
     register_source,
     source_paths,
 )
-from pipeline.stage import Stage, State, inspect_stages, run_stage
+from pipeline.stage import Stage, State, inspect_stages, run_stage, storage_fix
 
 RUN_SCHEMA = 1
 LOCK_RETRY_SECONDS = 5.0
@@ -243,8 +243,8 @@ def hold(subject: Subject, wait_minutes: float = 0.0, store: str | None = None) 
         ) from None
     except OSError as error:
         raise StageError(
-            f"Subject '{subject.name}': {error.strerror or error} ('{error.filename}').",
-            "look at the path (space, permissions, kind) and run the same command again",
+            f"Subject '{subject.name}': {error.strerror or error} ('{error.filename or subject.root}').",
+            storage_fix(error),
         ) from None
 
 

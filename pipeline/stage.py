@@ -509,17 +509,22 @@ def _record_failure(work: Path, error: HeadcastError) -> HeadcastError:
 
 def _storage_error(stage: Stage, subject: Subject, error: OSError) -> StageError:
     kind = Unavailable if error.errno in _PASSING else StageError
+    where = f" at '{error.filename}'" if error.filename else ""
+    return kind(
+        f"Stage '{stage.name}' of '{subject.name}' could not read or write{where}: {error.strerror or error}.",
+        storage_fix(error),
+    )
+
+
+def storage_fix(error: OSError) -> str:
+    """What to do about storage that cannot be read or written."""
     fixes = {
         errno.ENOSPC: "free some space and run the same command again: what is finished is kept",
         errno.EDQUOT: "raise the quota or free some space, then run the same command again",
         errno.EROFS: "make the data folder writable or choose another with --data",
         errno.EACCES: "make the data folder writable or choose another with --data",
     }
-    where = f" at '{error.filename}'" if error.filename else ""
-    return kind(
-        f"Stage '{stage.name}' of '{subject.name}' could not read or write{where}: {error.strerror or error}.",
-        fixes.get(error.errno or 0, "look at the path and run the same command again"),
-    )
+    return fixes.get(error.errno or 0, "look at the path (space, permissions, kind) and run the same command again")
 
 
 def _reset_peak_memory() -> None:

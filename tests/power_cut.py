@@ -177,9 +177,9 @@ class Recorder:
 
     def _place(self, path: Any, folder: int) -> tuple[int, str] | None:
         """Number of the folder and the name in it; None for what lies elsewhere."""
-        base = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
-        full = os.path.normpath(os.path.join(base, os.fsdecode(path)))
-        parts = Path(full).relative_to(self.root).parts if Path(full).is_relative_to(self.root) else ()
+        base = _name(folder) if folder >= 0 else Path.cwd()
+        full = Path(os.path.normpath(base / os.fsdecode(path)))
+        parts = full.relative_to(self.root).parts if full.is_relative_to(self.root) else ()
         node = 0
         for part in parts[:-1]:
             if part not in self.names[node]:
@@ -205,13 +205,13 @@ class Recorder:
 
     def _link(self, source: Path, target: tuple[int, str] | None) -> None:
         """A link to a file from outside, whose bytes may not be on disk yet."""
-        if target is not None and os.stat(source).st_dev == os.stat(self.root).st_dev:
+        if target is not None and source.stat().st_dev == self.root.stat().st_dev:
             self._make(target, is_folder=False)
 
     def _flushed(self, handle: int) -> None:
-        place = self._place(os.readlink(f"/proc/self/fd/{handle}"), -1)
+        place = self._place(_name(handle), -1)
         if place is None:
-            if os.readlink(f"/proc/self/fd/{handle}") == str(self.root):
+            if _name(handle) == self.root:
                 self.events.append(Flush(0, None))
             return
         node = self.names[place[0]].get(place[1])
@@ -231,6 +231,11 @@ class Recorder:
                 self._take_in(path, child)
             else:
                 self.contents[child] = path.read_bytes()
+
+
+def _name(handle: int) -> Path:
+    """What an open file is called."""
+    return Path(f"/proc/self/fd/{handle}").readlink()
 
 
 _recorders: list[Recorder | None] = []

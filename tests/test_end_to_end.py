@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from loopback import UNAVAILABLE
 
@@ -200,3 +201,22 @@ def test_run_disturbed_in_training_ends_like_an_undisturbed_one(copy: Site, numb
     assert servers_in(copy.folder / "prefect") == [], "no server is left behind, not even by kill -9"
     assert copy.digest("train") == digest, "the same weights as without the disturbance"
     assert copy.manifest("train")["resumed"]
+
+
+def test_killed_process_of_a_stage_is_replaced_by_the_run_itself(copy: Site) -> None:
+    digest = copy.digest("matte")
+    shutil.rmtree(copy.subject / "matte")
+    arguments = copy.command("run", str(copy.clip), "--subject", "single", *SETTINGS, "--stage-minutes", "5")
+    with subprocess.Popen(
+        arguments, cwd=copy.folder, env=copy.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 200
+        while not list(copy.subject.glob(".work/matte-*/scratch/*/*.png")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (child,) = [one.pid for one in psutil.Process(process.pid).children() if one.cmdline()[1:3] == ["-m", "stages"]]
+        os.kill(child, signal.SIGKILL)
+        said = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, said
+    assert "The process of stage 'matte' of 'single' was killed by signal 9. Trying again" in said
+    assert copy.digest("matte") == digest, "the same bytes as without the disturbance"
+    assert copy.manifest("matte")["resumed"]
