@@ -85,7 +85,7 @@ def bench(
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="headcast-faults-") as folder:
-        site = _Site(Path(folder), stages)
+        site = Site(Path(folder), stages)
         report("an undisturbed run")
         site.measure()
         counts = {kind: Count() for kind in kinds}
@@ -121,7 +121,7 @@ def bench(
     }
 
 
-class _Site:
+class Site:
     """A dataset, a Prefect home and a clip of the bench's own, and the processes that work there."""
 
     def __init__(self, folder: Path, stages: Sequence[str]) -> None:
@@ -148,9 +148,10 @@ class _Site:
     def subject(self, name: str) -> Subject:
         return Dataset(self.data).subject(name)
 
-    def start(self, arguments: list[str], pace: float) -> subprocess.Popen[bytes]:
+    def start(self, arguments: list[str], pace: float, server: str | None = None) -> subprocess.Popen[bytes]:
         """Start a process of the bench in a group of its own; what it says goes to a file."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
+        environment |= {"PREFECT_API_URL": server} if server is not None else {}
         environment |= {
             MARK: self.token,
             "HEADCAST_STAGES": "noop",
@@ -259,6 +260,20 @@ class _Site:
             time.sleep(0.1)
         count.left += left + ([f"the lock of {subject.name}"] if subject.running() else [])
 
+    @contextlib.contextmanager
+    def service(self, pace: float, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+        """A service of the dataset (`headcast serve`) and the URL of its API."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        service = self.start(["-m", "pipeline.cli", "serve", "--data", str(self.data), "--port", port, *options], pace)
+        try:
+            until(self, service, lambda: b"Submit: headcast submit" in self.output.read_bytes()[self.told :])
+            yield service, f"http://127.0.0.1:{port}/api"
+        finally:
+            service.terminate()
+            self.wait(service)
+
     def runs_left(self) -> list[str]:
         """Runs that the service still takes for running, though every subject is finished."""
         for _ in range(60):
@@ -314,7 +329,7 @@ def watch(data: str, stages: Sequence[str]) -> None:
     sys.stdout.write(json.dumps({"torn": sorted(torn), "reads": reads}))
 
 
-def _disturb(site: _Site, kind: str, kills: int, rng: random.Random, count: Count) -> None:
+def _disturb(site: Site, kind: str, kills: int, rng: random.Random, count: Count) -> None:
     """Kill a subject's runs so often, give the command until it is done, and check after each."""
     pace = rng.choice(PACES)
     subject = site.subject(f"{kind}-{count.kills}-{count.commands}")
@@ -352,21 +367,16 @@ def _disturb(site: _Site, kind: str, kills: int, rng: random.Random, count: Coun
     site.check_left(subject, count)
 
 
-def _disturb_service(site: _Site, kind: str, kills: int, rng: random.Random, count: Count) -> None:
+def _disturb_service(site: Site, kind: str, kills: int, rng: random.Random, count: Count) -> None:
     """Kill worker or server of a service while it works on a subject; the service itself must finish it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    service = site.start(["-m", "pipeline.cli", "serve", "--data", str(site.data), "--port", str(port)], PACES[-1])
-    try:
-        _until(site, service, lambda: b"Submit: headcast submit" in site.output.read_bytes()[site.told :])
+    with site.service(PACES[-1]) as (service, _):
         while count.kills < kills:
             subject = site.subject(f"{kind}-{count.kills}")
             submit = ["submit", str(site.clip), "--subject", subject.name, "--no-check", "--data", str(site.data)]
             count.commands += 1
             if site.wait(site.start(["-m", "pipeline.cli", *submit], PACES[-1])) != 0:
                 raise StageError("The service takes no subject.", f"its log: {site.log()}")
-            _until(site, service, lambda subject=subject: subject.work.is_dir())  # type: ignore[misc]
+            until(site, service, lambda subject=subject: subject.work.is_dir())  # type: ignore[misc]
             time.sleep(rng.uniform(0.0, 0.8) * len(site.stages) * PACES[-1])
             finished, killed_at = site.manifests(subject), time.monotonic()
             if kind == "server":
@@ -374,20 +384,22 @@ def _disturb_service(site: _Site, kind: str, kills: int, rng: random.Random, cou
             else:
                 hit = site.kill(lambda command: not any(word in command for word in (" server start", " serve ")))
             count.kills += hit > 0
-            _until(site, service, lambda subject=subject: len(site.keys(subject)) == len(site.stages))  # type: ignore[misc]
+            until(site, service, lambda subject=subject: len(site.keys(subject)) == len(site.stages))  # type: ignore[misc]
             count.recovery.append(time.monotonic() - killed_at)
             now = site.manifests(subject)
             count.lost += [f"{subject.name}/{stage}" for stage in finished if now[stage] != finished[stage]]
             site.check_end(subject, count)
-        _until(site, service, lambda: not any(Subject(path).running() for path in site.data.glob(f"{kind}-*")))
+        until(site, service, lambda: not any(Subject(path).running() for path in site.data.glob(f"{kind}-*")))
         count.left += site.runs_left()
-    finally:
-        service.terminate()
-        site.wait(service)
     site.check_left(subject, count)
 
 
-def _until(site: _Site, service: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+def until(site: Site, service: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    """Wait while a service works.
+
+    Raises:
+        StageError: it has ended, or takes for ever.
+    """
     end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         if time.monotonic() > end or service.poll() is not None:
@@ -395,7 +407,7 @@ def _until(site: _Site, service: subprocess.Popen[bytes], condition: Callable[[]
         time.sleep(0.05)
 
 
-def _kill(site: _Site, kind: str, process: subprocess.Popen[bytes]) -> bool:
+def _kill(site: Site, kind: str, process: subprocess.Popen[bytes]) -> bool:
     """Kill what the kind names; whether there was such a process."""
     if kind == "stage":
         return site.kill(_is_stage) > 0
@@ -410,7 +422,7 @@ def _is_stage(command: str) -> bool:
     return " -m stages " in command and command.rpartition(" ")[2].isdigit()
 
 
-def _is_safe(site: _Site, subject: Subject, stage: str) -> bool:
+def _is_safe(site: Site, subject: Subject, stage: str) -> bool:
     """Whether a stage that is made again is there in full: in its place, or finished and waiting for its rename."""
     if site.keys(subject).get(stage) == site.expected[stage]:
         return True

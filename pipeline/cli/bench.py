@@ -27,10 +27,14 @@ class Bench(Common):
     and the exit code is 1 if a model failed on a clip. ablation: the same for gaussianhead with one part left out each.
     status: how long it takes to tell how many finished subjects stand, in a made-up dataset; a minute.
     faults: stages, runs, worker and server are killed at random moments, and the same command is given again until all
-    is done; what was lost, torn or different in the end, exit code 1 if anything was; some minutes.
+    is done; what was lost, torn or different in the end, exit code 1 if anything was; some minutes. orchestration: what
+    Prefect costs per stage, batches and submissions of 20, how long a killed worker's subject waits, status and the
+    nightly's decision on 10 to --subjects finished subjects.
     """
 
-    what: tyro.conf.Positional[Literal["raster", "run", "matte", "avatars", "ablation", "status", "faults"]] = "raster"
+    what: tyro.conf.Positional[
+        Literal["raster", "run", "matte", "avatars", "ablation", "status", "faults", "orchestration"]
+    ] = "raster"
     """What to measure."""
     videos: tyro.conf.Positional[tuple[Path, ...]] = ()
     """For run, avatars and ablation: the clips; by default the sample clip. For matte: clips beside the composites."""
@@ -46,7 +50,7 @@ class Bench(Common):
     """For raster: float32 arithmetic per second that the limit supposes, in 1e9 (default: two AMD Zen 5 cores)."""
 
     subjects: int = 1000
-    """For status: how many."""
+    """For status and orchestration: how many."""
     kills: int = 50
     """For faults: how many."""
     seed: int = 0
@@ -69,6 +73,13 @@ class Bench(Common):
 
             document = bench_faults.bench(tuple(ORDER), self.kills, self.seed, default_reporter().message)
             return document, bench_faults.table(document), 0 if document["whole"] else 1
+        if self.what == "orchestration":
+            from pipeline import bench_orchestration
+            from stages.noop import STAGES as NOOP
+
+            counts = sorted({min(count, self.subjects) for count in (10, 1000)} | {self.subjects})
+            document = bench_orchestration.bench(NOOP, counts, default_reporter().message)
+            return document, bench_orchestration.table(document), 0
         if self.what == "raster":
             for name, value in (("threads", self.threads), ("peak-gflops", self.peak_gflops)):
                 if value is not None and value <= 0:
