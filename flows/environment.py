@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -142,3 +143,8 @@ def _watch_worker(worker: int) -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def worker_name(pool: str) -> str:
+    """A worker's name; it tells which machine serves a pool."""
+    return f"{socket.gethostname()}-{pool}"

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows.environment import LOOPBACK, MARK_SERVICE, gpu_count, quiet_prefect, service_environment
+from flows.environment import LOOPBACK, MARK_SERVICE, gpu_count, quiet_prefect, service_environment, worker_name
 from flows.server import HOME, RECORD, is_healthy, only_one, polled
 from pipeline.dataset import write_json
 from pipeline.errors import StageError
@@ -194,8 +194,3 @@ class Service:
         self._server.finish(15.0)
         end_marked(MARK_SERVICE, str(self._options.home), 5.0)
         (self._options.home / RECORD).unlink(missing_ok=True)
-
-
-def worker_name(pool: str) -> str:
-    """A worker's name; it tells which machine serves a pool."""
-    return f"{socket.gethostname()}-{pool}"

@@ -35,7 +35,7 @@ from pipeline.dataset import (
 )
 from pipeline.errors import Interrupted, StageError, SubjectBusy, UserError
 from pipeline.lease import Held, remove_traces
-from pipeline.mirror import Mirror, in_step
+from pipeline.mirror import Mirror, in_step, open_mirror
 from pipeline.progress import Reporter
 from pipeline.source import (
     alphas_digest,
@@ -427,10 +427,17 @@ def carry_out(request: RunRequest, stages: Sequence[Stage], reporter: Reporter) 
     Raises:
         HeadcastError: the request is at fault, or a stage failed.
     """
-    subject, config, wanted = prepare(request, stages)
-    with hold(subject, request.wait_minutes) as held:
+    subject = request.target()
+    mirror = open_mirror(request.store, subject, reporter)
+    if request.store is None:  # with a store, the subject may not be here yet
+        prepare(request, stages)
+    with hold(subject, request.wait_minutes, request.store) as held:
+        mirror.still_held = held.check
+        mirror.pull_source(not request.videos)
+        _, config, wanted = prepare(request, stages)
         open_subject(request, subject, config)
-        with stage_worker(request, subject, stages, config, held, Mirror(subject, reporter), reporter) as work:
+        mirror.push_source()
+        with stage_worker(request, subject, stages, config, held, mirror, reporter) as work:
             return [stage.name for stage in wanted if work(stage) is not None]
 
 
