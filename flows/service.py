@@ -27,8 +27,7 @@ from pipeline.supervision import Child, Say, end_marked, free_port, stop_asked
 FIRST_PORT, LAST_PORT = 4200, 4299
 START_SECONDS = 180.0
 WORKER_SECONDS = 60.0
-STOP_SECONDS = 45.0
-"""How long a worker gets to have its runs stopped; Prefect gives each of them 30 s."""
+STOP_SECONDS = 45.0  # of a worker, which gives each of its runs 30 s
 CHECK_SECONDS = 2.0
 
 
@@ -47,6 +46,7 @@ class Options:
     cron: str | None = None
     timezone: str | None = None
     store: str | None = None  # where the results of runs are kept
+    night: dict[str, Any] | None = None  # fields of the nightly request
 
     @property
     def home(self) -> Path:
@@ -60,7 +60,7 @@ def serve(options: Options, say: Say) -> dict[str, Any]:
         UserError: another service serves this dataset, the port is taken, or the schedule is none.
         StageError: the server does not start.
     """
-    from flows.deployments import read_schedule
+    from flows.declarations import read_schedule
 
     quiet_prefect()
     nightly = read_schedule(options.cron, options.timezone)
@@ -144,7 +144,7 @@ class Service:
 
         try:
             with get_client(sync_client=True) as client:
-                names = set_up(client, self._options.runs, gpu_count(), nightly)
+                names = set_up(client, self._options.runs, gpu_count(), nightly, self._options.night)
                 share_results(self._options.store)
                 for worker in self._workers:
                     worker.start()
@@ -177,10 +177,8 @@ class Service:
 
         watch = Watch(self._options.home, {pool: worker_name(pool) for pool in self._options.pools})
         while not self._stop.wait(CHECK_SECONDS):
-            up = self._server.check(self._say)
-            for worker in self._workers:
-                worker.check(self._say)
-            if up and is_healthy(self._url, 2.0):
+            alive = [child.check(self._say) for child in (self._server, *self._workers)]
+            if alive[0] and is_healthy(self._url, 2.0):
                 for line in watch.check():
                     self._say(line)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -36,6 +37,11 @@ class Serve(Common):
     store: Store = None
     """Keep the results of runs on an object store, s3://bucket/folder, under .results."""
 
+    inbox: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A folder in which new videos arrive; the night makes subjects of them."""
+    stage_minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
+    """Time limit of each stage of a night."""
+
     def answer(self) -> Answer:
         from flows.environment import gpu_count
         from flows.service import Options, serve
@@ -48,8 +54,12 @@ class Serve(Common):
         pools = self.pool or (("cpu", "gpu") if gpu_count() else ("cpu",))
         if self.store is not None:
             open_store(self.store).check()
-        options = Options(self.data, self.host, self.port, self.limit, pools, self.nightly, self.timezone, self.store)
-        record = serve(options, _say)
+        inbox = str(self.inbox.absolute()) if self.inbox else None
+        night = {"data": str(self.data.absolute()), "inbox": inbox, "stage_minutes": self.stage_minutes}
+        record = serve(
+            Options(self.data, self.host, self.port, self.limit, pools, self.nightly, self.timezone, self.store, night),
+            _say,
+        )
         return record, "Stopped.", 0
 
 

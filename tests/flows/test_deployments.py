@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.deployments import POOLS, read_automations, read_deployments, read_schedule
+from flows.declarations import read_automations, read_deployments, read_schedule
+from flows.deployments import POOLS
 from flows.environment import SILENT
 from pipeline.errors import UserError
 
@@ -16,7 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_deployment_is_a_flow_that_takes_one_request() -> None:
     deployments = read_deployments()
-    assert {deployment.name for deployment in deployments} >= {"subject", "rerun", "stages", "batch", "reenact"}
+    assert {deployment.name for deployment in deployments} >= {
+        "subject",
+        "rerun",
+        "stages",
+        "batch",
+        "nightly",
+        "reenact",
+    }
     for deployment in deployments:
         flow = deployment.flow()
         assert list(flow.parameters.properties) == ["request"]
