@@ -35,6 +35,8 @@ class Behaviour(BaseModel):
     """Files that a stage writes."""
     seconds: float = 0.0
     """How long a stage takes."""
+    slow: dict[str, float] = {}
+    """As `seconds`, for these subjects."""
     bytes: int = 64
     """Size of each file."""
     fail: dict[str, str] = {}
@@ -77,7 +79,7 @@ def work(run: StageRun) -> Result:
         for step in range(told.steps):
             path = run.work / f"{step:04d}"
             if not path.exists():
-                time.sleep(told.seconds / told.steps)
+                time.sleep(told.slow.get(subject, told.seconds) / told.steps)
                 write_atomic(path, f"{stage} {step} ".encode().ljust(told.bytes, b"."))
             task.advance()
             run.check_stop()
