@@ -13,7 +13,7 @@ one_blas_thread()
 from prefect import flow  # noqa: E402  the environment must be set first
 from prefect.runtime import flow_run  # noqa: E402
 
-from flows.subject import attempt  # noqa: E402
+from flows.steps import attempt  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
 from pipeline.reenact import ReenactRequest, check_reenact, reenact  # noqa: E402
 from pipeline.run import stop_signals  # noqa: E402

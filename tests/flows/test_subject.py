@@ -170,7 +170,7 @@ def test_two_runs_of_one_subject_do_not_mix(toys: Toys, subject: Subject) -> Non
 def test_what_can_pass_is_tried_again_and_the_rest_is_not(
     toys: Toys, subject: Subject, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("flows.subject.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("flows.steps.BACKOFF_SECONDS", 0.01)
     toys.flaky = 2
     assert run(subject) == ["decode", "track"]
     assert capsys.readouterr().err.count("track: The file server did not answer. Trying again") == 2
