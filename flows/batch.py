@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flows.subject import subject_flow  # it sets the environment before Prefect is imported
 
 from prefect import Task, flow  # isort: skip
 from prefect.cache_policies import NO_CACHE
-from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Failed
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+from flows.runners import workers
 from pipeline.assets import ensure_assets
 from pipeline.batch import BatchRequest, Outcome, Pool, batch_document, exit_code, outcome_of, read_batch, tally
 from pipeline.dataset import Dataset
 from pipeline.dataset_page import write_dataset_page
-from pipeline.errors import HeadcastError, Interrupted, StageError, UserError
+from pipeline.errors import HeadcastError, Interrupted, StageError
 from pipeline.logs import json_wanted
 from pipeline.progress import SilentReporter, default_reporter, reporting
 from pipeline.run import RunRequest, ask_to_stop, check_writable, nothing_to_do, resolve_config, stop_signals
 from stages import STAGES
 
 POLL_SECONDS = 0.5
-CONNECT_SECONDS = 20
-RAY_STORE_BYTES = 80_000_000
-"""Only requests and outcomes pass through Ray's memory; it takes no less."""
 
 
 @flow(name="batch")
@@ -83,13 +76,13 @@ def work_off(
     waiting, ended = deque(runs), queue.SimpleQueue[Any]()
     at_work: dict[Any, RunRequest] = {}
     outcomes: dict[str, Outcome] = {}
-    with _workers(pool) as (workers, count), stop_signals() as stop_requested:
+    with workers(pool) as (runner, count), stop_signals() as stop_requested:
         while True:
             while waiting and len(at_work) < count and not stop_requested():
                 run = waiting.popleft()
                 if begin(run):
                     step = Task(bring_up_to_date, name=run.target().name, cache_policy=NO_CACHE)
-                    future = workers.submit(step, {"request": run})
+                    future = runner.submit(step, {"request": run})
                     at_work[future.task_run_id] = run
                     future.add_done_callback(ended.put)
             if not at_work or (stop_requested() and pool.runner != "threads"):
@@ -147,84 +140,3 @@ def _failure(run: RunRequest, error: Exception, seconds: float = 0.0) -> Outcome
 def _assets(run: RunRequest) -> set[str]:
     config = resolve_config(run, run.target())
     return {name for stage in STAGES for name in stage.assets(config)}
-
-
-@contextlib.contextmanager
-def _workers(pool: Pool) -> Iterator[tuple[TaskRunner[Any], int]]:
-    """What carries tasks out, and how many at a time.
-
-    Raises:
-        UserError: no cluster answers at the address.
-    """
-    if pool.runner == "threads":
-        threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=pool.subjects_at_a_time())
-        with threads:
-            yield threads, pool.subjects_at_a_time()
-        return
-    url = PREFECT_API_URL.value()
-    if pool.cluster is not None and url is None:
-        raise UserError(
-            "The workers of a running cluster need a Prefect server that they can reach, and none is named.",
-            "start one (docs/orchestration.md) and set PREFECT_API_URL to its address",
-        )
-    # The workers of a cluster of ours use the server that this process has started, not one each.
-    settings = temporary_settings({PREFECT_API_URL: url or SubprocessASGIServer().api_url})
-    with settings, _dask(pool) if pool.runner == "dask" else _ray(pool) as workers:
-        yield workers
-
-
-@contextlib.contextmanager
-def _dask(pool: Pool) -> Iterator[tuple[TaskRunner[Any], int]]:
-    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
-    from prefect_dask.task_runners import DaskTaskRunner
-
-    count = pool.subjects_at_a_time()
-    ours = {"n_workers": count, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
-    runner = (
-        DaskTaskRunner(address=pool.cluster, client_kwargs={"timeout": CONNECT_SECONDS})
-        if pool.cluster
-        else DaskTaskRunner(cluster_kwargs=ours)
-    )
-    with runner:
-        with _answering(pool):
-            client = runner.client
-        yield runner, pool.workers or sum(client.nthreads().values()) or count
-
-
-@contextlib.contextmanager
-def _ray(pool: Pool) -> Iterator[tuple[TaskRunner[Any], int]]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-    from prefect_ray.task_runners import RayTaskRunner
-
-    count = pool.subjects_at_a_time()
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    ours = {
-        "num_cpus": count,
-        "include_dashboard": False,
-        "object_store_memory": RAY_STORE_BYTES,
-        "_node_ip_address": "127.0.0.1",
-    }
-    runner = RayTaskRunner(pool.cluster, quiet if pool.cluster else {**quiet, **ours})
-    with contextlib.ExitStack() as stack:
-        with _answering(pool):
-            stack.enter_context(runner)
-        yield runner, pool.workers or int(ray.cluster_resources().get("CPU", 0)) or count
-
-
-@contextlib.contextmanager
-def _answering(pool: Pool) -> Iterator[None]:
-    """Turn what a cluster's client says of an address into words.
-
-    Raises:
-        UserError: nothing of its kind answers there.
-    """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if pool.cluster is None:
-            raise
-        raise UserError(
-            f"No {pool.runner.capitalize()} cluster answers at '{pool.cluster}': {error}.",
-            "check the address; without --cluster one is started here",
-        ) from None
