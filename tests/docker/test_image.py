@@ -114,6 +114,7 @@ def buildah(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
     finally:
         with contextlib.suppress(AssertionError):
             buildah("rmi", "--all", "--force")
+        subprocess.run(["umount", folder / "storage" / "overlay"], stderr=subprocess.DEVNULL, check=False)
         shutil.rmtree(folder, ignore_errors=True)
 
 
