@@ -150,7 +150,7 @@ class Service:
                     worker.start()
                 self._wait_for_workers(client)
         except (httpx.HTTPError, DeploymentApplyError) as error:
-            raise StageError(f"The server does not take its deployments: {error}.", "its log tells why") from error
+            raise StageError(f"The server does not take its deployments: {str(error)[:300]}.", "see its log") from error
         write_json(self._options.home / RECORD, self.record)
         data, host = self._options.data, self._options.host
         self._say(f"Serving '{data}' at {self.record['page']} (deployments: {', '.join(names)}).")

@@ -54,8 +54,11 @@ class Serve(Common):
         pools = self.pool or (("cpu", "gpu") if gpu_count() else ("cpu",))
         if self.store is not None:
             open_store(self.store).check()
-        inbox = str(self.inbox.absolute()) if self.inbox else None
-        night = {"data": str(self.data.absolute()), "inbox": inbox, "stage_minutes": self.stage_minutes}
+        night: dict[str, Any] = {"data": str(self.data.absolute())}
+        if self.inbox is not None:
+            night["inbox"] = str(self.inbox.absolute())
+        if self.stage_minutes is not None:
+            night["stage_minutes"] = self.stage_minutes
         record = serve(
             Options(self.data, self.host, self.port, self.limit, pools, self.nightly, self.timezone, self.store, night),
             _say,
