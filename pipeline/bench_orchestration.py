@@ -85,38 +85,33 @@ def _succeed(site: Site, process: subprocess.Popen[bytes]) -> None:
         raise StageError("A command of the bench fails.", f"its log: {site.log()}")
 
 
-def _clips(site: Site, name: str) -> list[str]:
-    """Clips of so many subjects."""
+def _clips(site: Site, name: str) -> Path:
+    """A folder with the clips of so many subjects."""
     folder = site.clip.with_name(name)
     folder.mkdir()
-    clips = [folder / f"{name}-{number:02d}.mp4" for number in range(BATCH)]
-    for number, clip in enumerate(clips):
+    for number in range(BATCH):
+        clip = folder / f"{name}-{number:02d}.mp4"
         shutil.copy(site.clip, clip)
         with open(clip, "ab") as file:  # the same clip under two names would be one
             file.write(b"\0" * (number + 1))
-    return [str(clip) for clip in clips]
+    return folder
 
 
 def _batch(site: Site) -> float:
     """Seconds of `headcast batch` on so many new subjects, start included."""
-    clips = _clips(site, "batch")
-    options = ["--data", str(site.data), "--no-check", "--workers", str(WORKERS)]
+    options = [str(_clips(site, "batch")), "--data", str(site.data), "--no-check", "--workers", str(WORKERS)]
     started = time.monotonic()
-    _succeed(site, site.start(["-m", "pipeline.cli", "batch", *clips, *options], 0.0))
+    _succeed(site, site.start(["-m", "pipeline.cli", "batch", *options], 0.0))
     return round(time.monotonic() - started, 1)
 
 
 def _submitted(site: Site, service: subprocess.Popen[bytes]) -> float:
-    """Seconds from the first of so many submissions until the service has finished all."""
+    """Seconds from the submission of so many new subjects until the service has finished all."""
     clips, last = _clips(site, "submitted"), site.stages[-1]
     started = time.monotonic()
-    submissions = [
-        site.start(["-m", "pipeline.cli", "submit", clip, "--no-check", "--data", str(site.data)], 0.0)
-        for clip in clips
-    ]
-    for process in submissions:
-        _succeed(site, process)
-    subjects = [site.subject(Path(clip).stem) for clip in clips]
+    options = ["--batch", str(clips), "--no-check", "--data", str(site.data)]
+    _succeed(site, site.start(["-m", "pipeline.cli", "submit", *options], 0.0))
+    subjects = [site.subject(clip.stem) for clip in clips.iterdir()]
     until(site, service, lambda: all(read_manifest(subject.stage(last)) for subject in subjects))
     return round(time.monotonic() - started, 1)
 
