@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from flows.declarations import Deployment, Schedule, read_automations, read_deployments
@@ -23,9 +24,12 @@ def set_up(
         night: fields of its request (`pipeline.nightly.NightlyRequest`) that differ from what is declared.
     """
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectAlreadyExists
 
     for name, limit in zip(POOLS, (runs, max(gpus, 1)), strict=True):
-        client.create_work_pool(WorkPoolCreate(name=name, type="process"), overwrite=True)
+        # A pool of that name that is there may be of another type (docker/pools/), which stays as it is.
+        with contextlib.suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=name, type="process"))
         client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
     client.create_concurrency_limit("gpu", max(gpus, 1))
     known = {automation.name: automation.id for automation in client.read_automations()}

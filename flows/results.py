@@ -39,9 +39,10 @@ def share_results(store: str | None) -> None:
 
 
 def _saved_block(store: str) -> Any:
-    from prefect.filesystems import RemoteFileSystem
+    from prefect.filesystems import LocalFileSystem, RemoteFileSystem
 
     place = f"{store.rstrip('/')}/{RESULTS}"
-    block = RemoteFileSystem(basepath=place)
+    protocol, _, path = place.partition("://")
+    block: Any = LocalFileSystem(basepath=path) if protocol == "file" else RemoteFileSystem(basepath=place)
     block.save(f"headcast-{hashlib.sha256(place.encode()).hexdigest()[:16]}", overwrite=True)
     return block

@@ -256,6 +256,7 @@ def lease_store_for(place: str | Path) -> LeaseStore:
     if not separator:
         return FolderLeases(Path(place))
     if protocol in ("file", "local"):
+        Path(path).mkdir(parents=True, exist_ok=True)
         return FolderLeases(Path(path))
     if protocol not in STORES:
         raise UserError(

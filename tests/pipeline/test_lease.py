@@ -176,6 +176,7 @@ def test_a_folder_is_named_by_path_or_url(tmp_path: Path) -> None:
         store = lease_store_for(place)
         assert isinstance(store, FolderLeases)
         assert store.folder == tmp_path
+    assert lease_store_for(f"file://{tmp_path}/new/.work").create("a", b""), "the folder is made"
     assert isinstance(lease_store_for("memory://anna"), BucketLeases)
 
 
