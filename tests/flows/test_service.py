@@ -129,11 +129,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         assert process.poll() is None, (folder / "serve.log").read_text()
         yield service
     finally:
-        process.terminate()
+        service.process.terminate()  # a test may have put another one in its place
         try:
-            process.wait(90)
+            service.process.wait(90)
         finally:
-            process.kill()
+            service.process.kill()
 
 
 def test_submitted_subjects_are_done_or_tell_why_not(service: Service) -> None:
