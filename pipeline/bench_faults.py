@@ -374,8 +374,10 @@ def _disturb_service(site: Site, kind: str, kills: int, rng: random.Random, coun
             subject = site.subject(f"{kind}-{count.kills}")
             submit = ["submit", str(site.clip), "--subject", subject.name, "--no-check", "--data", str(site.data)]
             count.commands += 1
-            if site.wait(site.start(["-m", "pipeline.cli", *submit], PACES[-1])) != 0:
-                raise StageError("The service takes no subject.", f"its log: {site.log()}")
+            while site.wait(site.start(["-m", "pipeline.cli", *submit], PACES[-1])) != 0:
+                count.commands += 1  # the server that was killed is being started again
+                if count.commands > 10 * kills:
+                    raise StageError("The service takes no subject.", f"its log: {site.log()}")
             until(site, service, lambda subject=subject: subject.work.is_dir())  # type: ignore[misc]
             time.sleep(rng.uniform(0.0, 0.8) * len(site.stages) * PACES[-1])
             finished, killed_at = site.manifests(subject), time.monotonic()

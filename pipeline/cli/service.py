@@ -124,7 +124,8 @@ class Submit(Run):
             same = {
                 name: getattr(self, name) for name in ("data", "preset", "avatar", "head", "device", "stage_minutes")
             }
-            requests = read_batch(BatchRequest(what=self.batch, check=not self.no_check, settings=self.set, **same))
+            told = {name: value for name, value in same.items() if value is not None}
+            requests = read_batch(BatchRequest(what=self.batch, check=not self.no_check, settings=self.set, **told))
         elif not self.videos and self.subject is not None:
             same = {
                 name: getattr(self, name) for name in ("data", "subject", "first", "last", "device", "stage_minutes")
