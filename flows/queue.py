@@ -12,7 +12,7 @@ from flows.server import polled
 from pipeline.dataset import Subject
 from pipeline.errors import HeadcastError, UserError
 from pipeline.progress import read_progress
-from pipeline.run import RunRequest
+from pipeline.run import STAGE_MINUTES, RunRequest
 
 WAIT_MINUTES = 720.0
 """A submitted run waits for another one of its subject, as the queue itself would have it wait."""
@@ -70,8 +70,12 @@ def submit(client: Any, deployment_name: str, requests: Sequence[RunRequest]) ->
 
 
 def prepared(request: RunRequest) -> RunRequest:
-    """A request that means the same wherever a worker carries it out: every path absolute, busy subjects waited for."""
-    changes: dict[str, Any] = {"data": request.data.absolute(), "wait_minutes": WAIT_MINUTES}
+    """A request as a worker carries it out: every path absolute, busy subjects waited for, a time limit for stages."""
+    changes: dict[str, Any] = {
+        "data": request.data.absolute(),
+        "wait_minutes": WAIT_MINUTES,
+        "stage_minutes": request.stage_minutes or STAGE_MINUTES,
+    }
     if request.videos:
         changes["videos"] = tuple(path.absolute() for path in request.videos)
     if request.alpha:

@@ -22,7 +22,7 @@ from pipeline.config import Avatar, Head, Preset
 from pipeline.dataset import Subject, subject_name_for
 from pipeline.errors import HeadcastError, UserError
 from pipeline.frames import counted
-from pipeline.run import RunRequest, check_input, default_threads, resolve_config
+from pipeline.run import STAGE_MINUTES, RunRequest, check_input, default_threads, resolve_config
 from pipeline.source import check_span
 from pipeline.stage import Stage
 from pipeline.summary import summarize
@@ -67,7 +67,7 @@ class Pool(BaseModel):
     """Subjects at a time; by default one for every two cores, or as many as a running cluster has workers."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of each subject; by default the workers share the cores."""
-    stage_minutes: float = Field(120.0, gt=0)
+    stage_minutes: float = Field(STAGE_MINUTES, gt=0)
     """Time limit of each stage, which works in a process of its own."""
     wait_minutes: float = Field(1.0, ge=0)
     """How long to wait for a subject that another run holds."""

@@ -55,6 +55,8 @@ from pipeline.stage import Stage, State, inspect_stages, run_stage, storage_fix
 
 RUN_SCHEMA = 1
 LOCK_RETRY_SECONDS = 5.0
+STAGE_MINUTES = 120.0
+"""Time limit of a stage where nobody watches: in batches, nights and services."""
 _stop_asked = threading.Event()
 
 

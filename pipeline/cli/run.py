@@ -41,7 +41,7 @@ class Run(Common):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train and render; auto takes a GPU where there is one."""
     stage_minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
-    """Time limit of each stage; stages then work in a process of their own, which is ended when it is over."""
+    """Time limit of each stage, which then works in a process of its own; 120 for what is submitted, else none."""
     store: Store = None
     """An object store that holds the dataset, such as s3://bucket/folder; --data is then this machine's copy."""
     first: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None
