@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from typing import Any
+from uuid import UUID
 
+import httpx
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
 from prefect.tasks import exponential_backoff
 
 from flows.environment import gpu_count
@@ -50,6 +54,16 @@ def send_to(deployment: str, request: RunRequest) -> None:
 def limits_of(request: RunRequest, stage: Stage) -> set[str]:
     """The tags by which a server limits how many of a stage there are at one time: `gpu` where it will use one."""
     return {"gpu"} if stage.needs == "gpu" and request.device != "cpu" and gpu_count() else set()
+
+
+def cancel_asked() -> bool:
+    """Whether the server wants this run cancelled; a server that does not answer says nothing."""
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(flow_run.id)).state
+    except httpx.HTTPError:
+        return False
+    return state is not None and state.is_cancelling()
 
 
 def attempt(name: str, work: Callable[..., Any], *arguments: Any, tags: Collection[str] = ()) -> Any:

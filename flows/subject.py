@@ -19,10 +19,10 @@ one_blas_thread()
 from prefect import flow  # noqa: E402  the environment must be set first
 from prefect.exceptions import TerminationSignal  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
-from prefect.states import Completed  # noqa: E402
+from prefect.states import Cancelled, Completed  # noqa: E402
 
 from flows.artifacts import progress_shown, show_verdicts  # noqa: E402
-from flows.steps import attempt, limits_of, send_to  # noqa: E402
+from flows.steps import attempt, cancel_asked, limits_of, send_to  # noqa: E402
 from pipeline.assets import ensure_assets  # noqa: E402
 from pipeline.config import Config  # noqa: E402
 from pipeline.dataset import Subject  # noqa: E402
@@ -54,7 +54,7 @@ Plan = tuple[Config, list[Stage]]
 
 
 @flow(name="subject", flow_run_name=lambda: f"subject-{flow_run.parameters['request'].target().name}")
-def subject_flow(request: RunRequest) -> list[str]:
+def subject_flow(request: RunRequest) -> Any:
     """Bring a subject up to date, stage after stage, and write its report. Returns the stages that worked.
 
     Raises:
@@ -74,8 +74,9 @@ def subject_flow(request: RunRequest) -> list[str]:
                 show(subject, config)
                 mirror.push_report()
             if isinstance(error, Interrupted) and flow_run.id == worker_run():
-                # Tells Prefect that this run was stopped and has not failed: it is cancelled if that was asked for,
-                # else crashed, and then scheduled again.
+                if cancel_asked():
+                    return Cancelled(message=error.what)
+                # Tells Prefect that this run was stopped and has not failed: it is crashed, and then scheduled again.
                 raise TerminationSignal(signal.SIGTERM) from error
             raise
         show(subject, config)

@@ -163,8 +163,9 @@ def carry_out(request: Any) -> Answer:
         from flows.results import results_in
         from flows.subject import subject_flow
 
-        def bring_up_to_date(request: Any) -> list[str]:
-            return subject_flow.with_options(**results_in(request.store))(request)
+        def bring_up_to_date(request: Any) -> Any:
+            flow: Any = subject_flow.with_options(**results_in(request.store))
+            return flow(request)
 
         worked = start_flow(bring_up_to_date, request)
     subject, config, wanted = prepare(request, STAGES)
