@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -305,7 +306,7 @@ def test_the_old_report_stays_when_a_new_one_cannot_be_made(
     before = subject.report.read_bytes()
 
     def broken(*args: Any) -> None:
-        raise OSError("no space")
+        raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr("os.replace", broken)
     with pytest.raises(OSError, match="no space"):
