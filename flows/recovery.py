@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ from flows.environment import MARK_SERVICE
 from flows.server import polled
 from pipeline.supervision import environments
 
-CHECKS = {"RUNNING": 2, "CANCELLING": 2, "PENDING": 10}
-"""So often in a row a run must be found without a process; one that is pending has its process yet to come."""
+CHECKS = {"RUNNING": 2, "CANCELLING": 2, "PENDING": 10, "CRASHED": 20}
+"""So often in a row a run must be found without a process. One that is pending has its process yet to come; one that is
+crashed is the automations' to schedule, which a server that was busy or killed just then forgets."""
+CRASHED_HOURS = 24
+ATTEMPTS = 4
+"""As in automations.yaml."""
 
 
 class Watch:
@@ -27,10 +32,7 @@ class Watch:
         self._missed: dict[tuple[Any, str], int] = {}
 
     def check(self) -> Iterator[str]:
-        """Set the state of runs that nobody carries out any more, and tell so.
-
-        A crashed run is scheduled again by `automations.yaml`.
-        """
+        """Set the state of runs that nobody carries out any more, and tell so."""
         import httpx
         from prefect.client.orchestration import get_client
         from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -43,10 +45,16 @@ class Watch:
 
     def _check(self, client: Any) -> Iterator[str]:
         from prefect.client.schemas.filters import FlowRunFilter
-        from prefect.states import Cancelled, Crashed, Scheduled
+        from prefect.states import Cancelled, Failed, Scheduled
 
-        wanted = FlowRunFilter.model_validate({"state": {"type": {"any_": list(CHECKS)}}})
-        runs = [run for run in client.read_flow_runs(flow_run_filter=wanted) if run.work_pool_name in self._workers]
+        deployed = {"deployment_id": {"is_null_": False}}
+        open_ended = {"state": {"type": {"any_": ["RUNNING", "CANCELLING", "PENDING"]}}}
+        since = datetime.now(UTC) - timedelta(hours=CRASHED_HOURS)
+        crashed = {"state": {"type": {"any_": ["CRASHED"]}}, "start_time": {"after_": since}}
+        runs = []
+        for wanted in (open_ended, crashed):
+            runs += client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({**wanted, **deployed}))
+        runs = [run for run in runs if run.work_pool_name in self._workers]
         carried = self._carried() if runs else set()
         seen, self._missed = self._missed, {}
         for run in runs:
@@ -62,8 +70,14 @@ class Watch:
                 state, what = Cancelled(message="Cancelled; its process was gone."), "it is cancelled"
             elif kind == "PENDING":
                 state, what = Scheduled(message="Its worker died before it began."), "it is scheduled again"
+            elif run.run_count < ATTEMPTS:
+                message = "Its process is gone: killed, or out of memory. It goes on where it was."
+                state, what = Scheduled(name="AwaitingRetry", message=message), "it is scheduled again"
             else:
-                state, what = Crashed(message="Its process is gone: killed, or out of memory."), "it crashed"
+                message = (
+                    f"Its process died {run.run_count} times at work; its log tells more. What is finished is kept."
+                )
+                state, what = Failed(message=message), "it has failed"
             client.set_flow_run_state(run.id, state, force=True)
             yield f"Run '{run.name}' has no process any more: {what}."
 
