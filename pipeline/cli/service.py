@@ -36,7 +36,6 @@ class Serve(Common):
     """Whose clock --nightly means, for example Europe/Berlin."""
     store: Store = None
     """Keep the results of runs on an object store, s3://bucket/folder, under .results."""
-
     inbox: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """A folder in which new videos arrive; the night makes subjects of them."""
     stage_minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
