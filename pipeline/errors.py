@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HeadcastError(Exception):
     """An error with a message for the user and, where one is known, the next step.
@@ -76,3 +79,9 @@ class StoreDamaged(HeadcastError):
 
     path: str | None = None
     """The object that is at fault, where it is one."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean jawOpen, jawLeft?` with the names that come near, or nothing; the start of a `fix`."""
+    near = difflib.get_close_matches(name, list(known), 3)
+    return f"did you mean {', '.join(near)}?" if near else ""

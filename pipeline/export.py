@@ -15,13 +15,10 @@ from pipeline.geometry import invert_rigid, matrix_to_quaternion, quaternion_mul
 from pipeline.metrics import psnr
 from pipeline.ply import Splats, colors_to_sh
 from pipeline.rasterize import render_uint8
+from pipeline.viewpoint import framing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-FRAMING_MARGIN = 1.08
-FRAMED_SHARE = (0.5, 99.5)
-"""Percentiles of the Gaussians' positions between which a picture is framed: strays do not shrink the rest."""
 
 
 def neutral_splats(avatar: AvatarModel) -> Splats:
@@ -59,13 +56,7 @@ def portrait(splats: Splats, T_cam_head: np.ndarray, size: int, threads: int | N
         size: width and height in pixels.
         threads: of the rasteriser.
     """
-    points = transform_points(T_cam_head, splats.means.astype(np.float64))
-    seen = points[points[:, 2] > 0]
-    flat = seen[:, :2] / seen[:, 2:]
-    low, high = np.percentile(flat, FRAMED_SHARE[0], axis=0), np.percentile(flat, FRAMED_SHARE[1], axis=0)
-    focal = size / (FRAMING_MARGIN * float((high - low).max()))
-    middle = size / 2 - focal * (low + high) / 2
-    K = np.array([[focal, 0, middle[0]], [0, focal, middle[1]], [0, 0, 1]])
+    K = framing(transform_points(T_cam_head, splats.means.astype(np.float64)), size, size).K
     arrays = (splats.means, splats.quats, splats.scales, splats.opacities, splats.sh)
     means, quats, scales, opacities, sh = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
     return render_uint8(

@@ -217,9 +217,10 @@ class AvatarModel(nn.Module, ABC):
         background: Tensor | None = None,
         backend: Backend = "auto",
         threads: int | None = None,
+        view: Tensor | None = None,
     ) -> Render:
-        """Render one condition; arguments as in `pipeline.rasterize.rasterize`."""
-        return splat(self.gaussians(condition), K, width, height, background, backend, threads)
+        """Render one condition; arguments as in `splat`."""
+        return splat(self.gaussians(condition), K, width, height, background, backend, threads, view)
 
 
 def row(prepared: Any, index: int) -> Any:
@@ -235,11 +236,19 @@ def splat(
     background: Tensor | None = None,
     backend: Backend = "auto",
     threads: int | None = None,
+    view: Tensor | None = None,
 ) -> Render:
-    """Rasterise what an avatar gave; arguments as in `pipeline.rasterize.rasterize`."""
+    """Rasterise what an avatar gave; arguments as in `pipeline.rasterize.rasterize`.
+
+    Args:
+        view: [4,4] from the axes of the clip's camera, in which the avatar performs, to those of the camera that looks;
+            None looks through the clip's own. What the avatar does is the same from all sides.
+    """
     means, quats, scales, opacities, colors, sh_degree, viewmat = gaussians
     if viewmat is None:
         viewmat = torch.eye(4, dtype=means.dtype, device=means.device)
+    if view is not None:
+        viewmat = view.to(viewmat) @ viewmat
     return rasterize(
         means, quats, scales, opacities, colors, viewmat, K, width, height,
         background=background, sh_degree=sh_degree, backend=backend, threads=threads,

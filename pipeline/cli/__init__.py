@@ -17,6 +17,7 @@ from pipeline.cli.batch import Batch, Nightly
 from pipeline.cli.bench import Bench
 from pipeline.cli.common import Common
 from pipeline.cli.doctor import Doctor
+from pipeline.cli.export import Export
 from pipeline.cli.reenact import Reenact
 from pipeline.cli.run import Demo, Rerun, Run
 from pipeline.cli.service import Cancel, Queue, Serve, Submit
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., Common]] = {
     "assets": Assets,
     "demo": Demo,
     "reenact": Reenact,
+    "export": Export,
     "bench": Bench,
 }
 

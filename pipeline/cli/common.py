@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from pipeline.errors import HeadcastError
+from pipeline.errors import HeadcastError, UserError
 
 ResultT = TypeVar("ResultT")
 
@@ -47,6 +47,21 @@ class Common:
     def resume_command(self) -> str | None:
         """What to type to go on after a stop, where there is such a thing."""
         return None
+
+
+def split_settings(settings: Sequence[str]) -> dict[str, str]:
+    """What `--set NAME=VALUE` gave, by name.
+
+    Raises:
+        UserError: one has no `=` or no name, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name or name in found:
+            raise UserError(f"'{setting}' is not NAME=VALUE{', given once' if name in found else ''}.", "see --help")
+        found[name] = value
+    return found
 
 
 def start_flow(flow: Callable[[Any], ResultT], request: Any) -> ResultT:

@@ -1,0 +1,116 @@
+"""Exports on request: `headcast export SUBJECT --to TARGET`. A target is a module with one function, found by name.
+
+Each writes one folder, `SUBJECT/exported/TARGET/`, with an account (`pipeline.products`) that tells what is in it and
+what it lost: everything that can be read back is read back and rendered again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.dataset import Dataset, Subject
+from pipeline.errors import UserError, did_you_mean
+from pipeline.products import Product, Sources, place_for
+from pipeline.progress import Reporter, SilentReporter
+from pipeline.run import usable_cores
+
+FOLDER = "exported"
+
+
+class Target(NamedTuple):
+    """A kind of export."""
+
+    module: str
+    """Where `write(export, folder) -> dict`, `VERSION` and `OPTIONS` are; the dict stands in the account."""
+    about: str
+    """One line for people."""
+    stages: tuple[str, ...]
+    """Finished stages that it reads."""
+
+
+TARGETS = {
+    "ply": Target(
+        "pipeline.exports.ply", "the avatar at rest as a standard 3DGS PLY, for any splat viewer", ("train",)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export found good.
+
+    Attributes:
+        subject: whose avatar.
+        options: what was set with `--set`, by name; a target refuses those that it does not know.
+        threads: CPU threads to use.
+        stop_requested: asked between steps.
+    """
+
+    subject: Subject
+    target: str
+    product: Product
+    options: dict[str, str]
+    reporter: Reporter = field(default_factory=SilentReporter)
+    threads: int = field(default_factory=usable_cores)
+    stop_requested: Callable[[], bool] = lambda: False
+
+
+def check_export(
+    data: Path,
+    name: str,
+    target: str,
+    *,
+    out: Path | None = None,
+    options: dict[str, str] | None = None,
+    force: bool = False,
+    **how: Any,
+) -> Export:
+    """Check a request against the dataset. Reads only.
+
+    Args:
+        data: the dataset directory.
+        name: of the subject.
+        target: one of `TARGETS`.
+        out: the folder to write; by default `SUBJECT/exported/TARGET`.
+        options: of the target.
+        force: replace what is there.
+        how: fields of `Export` that change nothing of what is written.
+
+    Raises:
+        UserError: the subject, the target, an option or the place is at fault.
+    """
+    if target not in TARGETS:
+        fix = did_you_mean(target, TARGETS) or f"choose one of: {', '.join(TARGETS)}"
+        raise UserError(f"There is no export '{target}'.", fix)
+    subject, options = Dataset(data).existing(name), options or {}
+    sources = Sources.of(avatar=(subject, TARGETS[target].stages))
+    module = importlib.import_module(TARGETS[target].module)
+    unknown = sorted(set(options) - set(module.OPTIONS))
+    if unknown:
+        known = ", ".join(f"{option} ({about})" for option, about in module.OPTIONS.items()) or "it has none"
+        raise UserError(f"The export '{target}' has no option '{unknown[0]}'.", f"its options: {known}")
+    path = place_for(subject, FOLDER, target, out)
+    settings = {"target": target, "options": options}
+    product = Product(path, sources, settings, version=module.VERSION, folder=True, force=force)
+    product.check_free()
+    return Export(subject, target, product, options, **how)
+
+
+def export(plan: Export) -> dict[str, Any]:
+    """Write it, unless this very export is there; returns its account.
+
+    Raises:
+        HeadcastError: what went wrong; nothing was written then.
+    """
+    finished = None if plan.product.force else plan.product.finished()
+    if finished is not None:
+        plan.reporter.message(f"{plan.product.path}: fresh, left as it is")
+        return finished
+    write = importlib.import_module(TARGETS[plan.target].module).write
+    account = plan.product.make(lambda folder: write(plan, folder))
+    plan.reporter.message(account["text"])
+    return account
