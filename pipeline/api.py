@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.avatars import DESCRIPTION, AvatarModel, Condition, conditions_of
+from pipeline.avatars import DESCRIPTION, AvatarModel, Condition, conditions_of, splat
 from pipeline.avatars import load_avatar as load_model
 from pipeline.avatars.rig import with_predicted_torso
 from pipeline.clip import Clip, load_clip, load_crops, split
@@ -27,14 +27,12 @@ from pipeline.gaze import eyes_of
 from pipeline.geometry import make_rigid, matrix_to_rotvec, rotvec_to_matrix, transform_points
 from pipeline.products import Sources
 from pipeline.run import last_config
-from pipeline.viewpoint import Camera, framing, orbit, up_of
+from pipeline.viewpoint import HEAD_MIDDLE, Camera, framing, orbit, up_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SIZE_PX = 512
-HEAD_MIDDLE = (0.0, 0.04, 0.05)
-"""Metres in the head's axes: between the ears and the face, above the head joint."""
 STAGES = ("decode", "fit", "train")
 WHITE = (1.0, 1.0, 1.0)
 
@@ -66,11 +64,13 @@ class Avatar:
     Args:
         model: ready to render.
         threads: of the rasteriser; None takes its default.
+        fade: [N] factors of the Gaussians' opacities, such as `novel_views.soft_edge`; None leaves them.
     """
 
-    def __init__(self, model: AvatarModel, threads: int | None = None) -> None:
+    def __init__(self, model: AvatarModel, threads: int | None = None, fade: torch.Tensor | None = None) -> None:
         self.model = model
         self.threads = threads
+        self.fade = fade
 
     def __repr__(self) -> str:
         return f"Avatar({self.model.name}, {self.model.count:,} Gaussians, {len(self.expression_names)} coefficients)"
@@ -155,7 +155,7 @@ class Avatar:
         return torch.as_tensor(array, dtype=rest.dtype, device=rest.device)
 
     @cached_property
-    def _rest_points(self) -> NDArray[np.float64]:
+    def rest_points(self) -> NDArray[np.float64]:
         """[N,3] the Gaussians' positions at rest, in the clip's camera."""
         with torch.no_grad():
             gaussians = self.model.gaussians(self.model.neutral)
@@ -177,7 +177,8 @@ class Avatar:
         """
         width, height = (size, size) if isinstance(size, int) else size
         T_cam_head = self.model.neutral.T_cam_head.double().cpu().numpy()
-        start = framing(self._rest_points, width, height)
+        shown = slice(None) if self.fade is None else (self.fade > 0.5).cpu().numpy()
+        start = framing(self.rest_points[shown], width, height)
         return orbit(start, self.pivot, up_of(T_cam_head), np.radians(yaw), np.radians(pitch), zoom)
 
     @property
@@ -211,9 +212,10 @@ class Avatar:
         K, view = (torch.as_tensor(a, dtype=torch.float32, device=device) for a in (camera.K, camera.T_cam_world))
         behind = torch.tensor(tuple(background or (0.0,) * 3), dtype=torch.float32, device=device)
         with torch.no_grad():
-            shown = self.model.render(
-                condition, K, camera.width, camera.height, behind, threads=self.threads, view=view
-            )
+            gaussians = self.model.gaussians(condition)
+            if self.fade is not None:
+                gaussians = gaussians._replace(opacities=gaussians.opacities * self.fade)
+            shown = splat(gaussians, K, camera.width, camera.height, behind, threads=self.threads, view=view)
             if background is not None:
                 return np.asarray((shown.image.clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy())
             alpha = shown.alpha.clamp(0, 1)[..., None]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.geometry import make_rigid, rotvec_to_matrix, transform_points
+from pipeline.geometry import invert_rigid, make_rigid, rotvec_to_matrix, transform_points
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,6 +18,8 @@ FRAMING_MARGIN = 1.08
 FRAMED_SHARE = (0.5, 99.5)
 """Percentiles of the Gaussians' positions between which a picture is framed: strays do not shrink the rest."""
 UP_HEAD = np.array([0.0, 1.0, 0.0])
+HEAD_MIDDLE = (0.0, 0.04, 0.05)
+"""Metres in the head's axes: between the ears and the face, above the head joint. Cameras go round it."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,13 @@ def orbit(camera: Camera, pivot: Floats, up: Floats, yaw: float, pitch: float, z
 def up_of(T_cam_head: NDArray[np.floating]) -> Floats:
     """[3] where the top of a head with this pose points, in the world."""
     return np.asarray(T_cam_head, np.float64)[:3, :3] @ UP_HEAD
+
+
+def angles_of(Ts_cam_head: NDArray[np.floating]) -> Floats:
+    """[..., 2] yaw and pitch in degrees at which cameras stand about heads with these poses [..., 4, 4].
+
+    Both are 0 straight before the face; positive towards the subject's left, and above.
+    """
+    Ts_head_cam = np.asarray(invert_rigid(np.asarray(Ts_cam_head, np.float64)))
+    x, y, z = np.moveaxis(Ts_head_cam[..., :3, 3] - np.array(HEAD_MIDDLE), -1, 0)
+    return np.degrees(np.stack([np.arctan2(x, z), np.arctan2(y, np.hypot(x, z))], -1))
