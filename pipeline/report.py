@@ -146,6 +146,7 @@ def _contents(subject: Subject, stages: Sequence[Stage], config: Config) -> dict
         "regions": REGIONS,
         "curves": _picture(subject.stage("evaluate"), "curves.png", "PSNR of every held-out frame, and of training"),
         "fitted": _fitted(subject),
+        "novel_views": _novel_views(subject, states),
         "advice": _advice(subject, states),
         "total_seconds": sum(times) if times else None,
         "longest_seconds": max(times, default=0.0),
@@ -230,6 +231,14 @@ def _fitted(subject: Subject) -> list[tuple[str, Media]]:
         ("Over time", _picture(folder, "curves.png", "Expression, pose, gaze and landmark error of every frame")),
     )
     return [(title, item) for title, item in media if item is not None]
+
+
+def _novel_views(subject: Subject, states: Sequence[State]) -> tuple[Media, str] | None:
+    """The strip of views that the clip never had, and in words from where the clip saw the head."""
+    manifest = next((state.manifest for state in states if state.stage == "export"), None) or {}
+    told = manifest.get("metrics", {}).get("seen_from")
+    strip = _picture(subject.stage("export"), "novel_views.jpg", "The avatar from the sides, above and below")
+    return (strip, str(told["text"])) if strip and told else None
 
 
 def _video(path: Path, alt: str) -> Media | None:

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pipeline.avatars import AvatarModel
     from pipeline.avatars.baked import BakedAvatar
     from pipeline.clip import Clip
     from pipeline.export import HeldOut
 
 PICTURE_PX = 512
 BAKED = "baked"
+NOVEL_VIEWS = "novel_views.jpg"
 SHOWN_FRAMES = 4
 BAKE_LIMIT_DB = 0.5
 """A baked avatar that loses more than this on the held-out frames is judged fair at best."""
@@ -67,6 +69,7 @@ def run(run: StageRun) -> Result:
             f"avatar.ply, {_megabytes(run.work / 'avatar.ply')}: {len(splats):,} Gaussians of the face at rest, "
             "for any viewer of 3DGS files"
         )
+    metrics["seen_from"] = _write_novel_views(run, avatar, clip, train)
     neutral = portrait(splats, avatar.neutral.T_cam_head.double().cpu().numpy(), PICTURE_PX, run.threads)
     save_image(run.work / "neutral.jpg", neutral)
     files = sorted(path for path in run.work.rglob("*") if path.suffix in (".safetensors", ".json", ".ply"))
@@ -186,6 +189,17 @@ def _baked(run: StageRun, clip: Clip, train: NDArray[np.int64], held_out: HeldOu
     return avatar, seconds
 
 
+def _write_novel_views(run: StageRun, avatar: AvatarModel, clip: Clip, train: NDArray[np.int64]) -> dict[str, Any]:
+    """Draw the avatar from where its clip never saw it; returns, also in words, from where the clip did."""
+    from pipeline.api import Avatar
+    from pipeline.frames import save_image
+    from pipeline.novel_views import angles_seen, seen_text, soft_edge, strip
+
+    save_image(run.work / NOVEL_VIEWS, strip(Avatar(avatar, run.threads, soft_edge(avatar, clip))), quality=90)
+    seen = angles_seen(clip, train, avatar)
+    return {**seen, "text": seen_text(seen)}
+
+
 def _draw(run: StageRun, held_out: HeldOut, baked: list[NDArray[np.float32]]) -> None:
     """Full, baked and difference side by side: the frame that differs most, and others spread over the span."""
     import numpy as np
@@ -218,7 +232,7 @@ def _megabytes(*paths: Path) -> str:
 
 STAGE = Stage(
     name="export",
-    version=2,
+    version=3,
     inputs=("decode", "matte", "fit", "train"),
     run=run,
     reads=("train.resolution", "evaluate.holdout", "evaluate.min_holdout_frames"),

@@ -95,9 +95,13 @@ def work_of(name: str) -> Callable[[StageRun], Result]:
             picture(run.work / "neutral.jpg")
             picture(run.work / "curves.png")
             (run.work / "overlay.mp4").write_bytes(b"video")
+        metrics = {}
+        if name == "export":
+            picture(run.work / "novel_views.jpg")
+            metrics = {"seen_from": {"yaw": [-3.0, 4.0], "pitch": [0.0, 2.0], "text": f"Seen from {HOSTILE}"}}
         (run.work / "frames").mkdir(exist_ok=True)
         (run.work / "frames/000000.bin").write_bytes(b"x" * 1000)
-        return Result(Verdict("good", f"{name.capitalize()}: good. Said {HOSTILE} in {name}.", "picture.jpg"), {})
+        return Result(Verdict("good", f"{name.capitalize()}: good. Said {HOSTILE} in {name}.", "picture.jpg"), metrics)
 
     return run
 
@@ -152,10 +156,10 @@ def whole(subject: Subject, config: Config) -> tuple[Page, str]:
 
 def test_a_whole_run_has_every_section(whole: tuple[Page, str]) -> None:
     page, _ = whole
-    assert page.headings() == ["comparison", "curves", "fit", "advice", "stages", "timings", "settings"]
+    assert page.headings() == ["comparison", "curves", "novel-views", "fit", "advice", "stages", "timings", "settings"]
     assert [a["id"] for a in page.all("article")] == [f"stage-{name}" for name in ORDER]
     assert len(page.all("video")) == 2, "the comparison, and the fitted head over the clip"
-    assert len(page.all("img")) == len(ORDER) + 3, "a picture for every stage, two of curves, and the neutral head"
+    assert len(page.all("img")) == len(ORDER) + 4, "every stage, two of curves, the neutral head and the novel views"
 
 
 def test_the_comparison_names_split_baselines_and_reasons(whole: tuple[Page, str]) -> None:

@@ -50,7 +50,7 @@ def test_the_head_is_upright_and_in_metres(finished_subject: Subject) -> None:
     assert 0.3 < np.ptp(splats.means[:, 1]) < 0.8
 
 
-FILES = ("avatar.json", "avatar.ply", "avatar.safetensors", "baked", "baked.jpg", "neutral.jpg")
+FILES = ("avatar.json", "avatar.ply", "avatar.safetensors", "baked", "baked.jpg", "neutral.jpg", "novel_views.jpg")
 
 
 def test_the_files_are_the_avatar_and_are_counted(finished_subject: Subject) -> None:
@@ -63,6 +63,7 @@ def test_the_files_are_the_avatar_and_are_counted(finished_subject: Subject) -> 
     for name, size in result.metrics["bytes"].items():
         assert (work / name).stat().st_size == size
     assert result.metrics["bytes"]["avatar.ply"] > 1500 * 62 * 4
+    assert "shows this head over" in result.metrics["seen_from"]["text"]
     assert "1,500 Gaussians" in result.verdict.text and "as training left them" in result.verdict.text
 
 
@@ -133,7 +134,9 @@ def test_eight_bits_are_smaller_and_their_cost_is_told(finished_subject: Subject
         result.metrics["bytes"]["avatar.safetensors"]
         < 0.7 * (finished_subject.stage("train") / "avatar.safetensors").stat().st_size
     )
-    assert sorted(path.name for path in work.iterdir()) == ["avatar.json", "avatar.safetensors", "neutral.jpg"]
+    assert sorted(path.name for path in work.iterdir()) == [
+        *("avatar.json", "avatar.safetensors", "neutral.jpg", "novel_views.jpg")
+    ]
     assert load_avatar(work).count == 1500
     assert result.verdict.picture == "neutral.jpg" and "8 bits" in result.verdict.text
 
