@@ -34,6 +34,9 @@ SOUND_RATE, SOUND_BIT_RATE = 48_000, 160_000
 SAMPLE_BUDGET = 500_000_000
 """Pixels that sampling may decode: 240 frames of 1920x1080, one to two seconds on two cores."""
 
+CLEAR, CARRIED_PX = 0.05, 9
+"""Below this alpha a WebM's colours are those around it, within so many pixels."""
+
 # Numbers of ISO/IEC 23091-2 (H.273): matrix coefficients to swscale's colour spaces, and the two HDR transfers.
 _SWS_COLOURSPACE = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
 _UNTAGGED, _RGB = 2, 0
@@ -688,45 +691,131 @@ def write_video(
     """
     import av
 
-    stream_of_frames = iter(frames)
-    first = next(stream_of_frames, None)
-    if first is None:
-        raise ValueError(f"no frames to write to {path}")
-    height, width = first.shape[:2]
+    height, width, images = _of_one_size(frames, 3, path)
     rate = simple_rate(fps)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".mp4")
+    with (
+        _replacing(path) as temporary,
+        av.open(temporary, "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as file,
+    ):
+        stream = file.add_stream("libx264", rate=rate)
+        stream.width, stream.height = width + width % 2, height + height % 2
+        stream.pix_fmt = "yuv420p"
+        # x264's macroblock tree was seen to give other bytes now and then for the same frames.
+        stream.options = {"crf": str(crf), "preset": "medium", "threads": str(threads), "x264-params": "mbtree=0"}
+        _mark_bt709(stream.codec_context)
+        track = None if sound is None else _SoundTrack(file, sound)
+        for index, image in enumerate(images):
+            file.mux(stream.encode(_subsampled(image, index)))
+            if track is not None:
+                track.write_until(float((index + 1) / rate))
+        file.mux(stream.encode(None))
+        if track is not None:
+            track.finish()
+
+
+def write_webm(
+    path: Path, frames: Iterable[NDArray[np.uint8]], fps: Fraction | float, *, crf: int = 18, threads: int = 2
+) -> None:
+    """Write a WebM file with alpha, VP9 4:2:0, BT.709, as Chromium, Firefox and OBS show it over what is behind.
+
+    Args:
+        path: the file, replaced at the end in one step.
+        frames: sRGB images with straight alpha [H, W, 4] of one size; an odd side is extended as in `write_video`.
+        fps: frames a second; a float is taken for the nearest simple fraction.
+        crf: VP9's quality, 0 lossless to 63.
+        threads: the encoder's.
+
+    Raises:
+        ValueError: there are no frames, or they differ in size.
+    """
+    import av
+
+    height, width, images = _of_one_size(frames, 4, path)
+    with (
+        _replacing(path) as temporary,
+        av.open(temporary, "w", format="webm", options={"fflags": "+bitexact"}) as file,
+    ):
+        stream = file.add_stream("libvpx-vp9", rate=simple_rate(fps))
+        stream.width, stream.height = width + width % 2, height + height % 2
+        stream.pix_fmt = "yuva420p"
+        stream.bit_rate = 0  # the quality alone decides
+        # A frame that is kept back for later ones has no alpha of its own: libvpx refuses alt-ref frames with alpha.
+        settings = {"crf": crf, "deadline": "good", "cpu-used": 4, "row-mt": 1, "threads": threads, "auto-alt-ref": 0}
+        stream.options = {name: str(value) for name, value in settings.items()}
+        stream.metadata["alpha_mode"] = "1"
+        _mark_bt709(stream.codec_context)
+        for index, image in enumerate(images):
+            file.mux(stream.encode(_subsampled(_carried_on(image), index)))
+        file.mux(stream.encode(None))
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    """A file to write that takes the place of `path` at the end."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     try:
-        with av.open(temporary, "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as file:
-            stream = file.add_stream("libx264", rate=rate)
-            stream.width, stream.height = width + width % 2, height + height % 2
-            stream.pix_fmt = "yuv420p"
-            # x264's macroblock tree was seen to give other bytes now and then for the same frames.
-            stream.options = {"crf": str(crf), "preset": "medium", "threads": str(threads), "x264-params": "mbtree=0"}
-            context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = 1
-            context.color_range = 1
-            track = None if sound is None else _SoundTrack(file, sound)
-            for index, image in enumerate(itertools.chain([first], stream_of_frames)):
-                if image.shape != (height, width, 3) or image.dtype != np.uint8:
-                    raise ValueError(f"frame {index} is {image.dtype} {image.shape}, not uint8 ({height}, {width}, 3)")
-                even = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-                frame = frame.reformat(
-                    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", interpolation="AREA"
-                )
-                frame.pts = index
-                file.mux(stream.encode(frame))
-                if track is not None:
-                    track.write_until(float((index + 1) / rate))
-            file.mux(stream.encode(None))
-            if track is not None:
-                track.finish()
+        yield temporary
         Path(temporary).chmod(0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _of_one_size(
+    frames: Iterable[NDArray[np.uint8]], channels: int, path: Path
+) -> tuple[int, int, Iterator[NDArray[np.uint8]]]:
+    """Height and width of the first frame, and all of them, checked as they pass."""
+    stream = iter(frames)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"no frames to write to {path}")
+    height, width = first.shape[:2]
+
+    def checked() -> Iterator[NDArray[np.uint8]]:
+        for index, image in enumerate(itertools.chain([first], stream)):
+            if image.shape != (height, width, channels) or image.dtype != np.uint8:
+                wanted = f"uint8 ({height}, {width}, {channels})"
+                raise ValueError(f"frame {index} is {image.dtype} {image.shape}, not {wanted}")
+            yield image
+
+    return height, width, checked()
+
+
+def _mark_bt709(context: Any) -> None:
+    """Say that colours are BT.709 of limited range, as `_subsampled` makes them."""
+    context.colorspace = context.color_primaries = context.color_trc = 1
+    context.color_range = 1
+
+
+def _subsampled(image: NDArray[np.uint8], index: int) -> Any:
+    """A picture [H, W, 3 or 4] as an even-sided 4:2:0 frame, with alpha where it has some."""
+    import av
+
+    height, width, channels = image.shape
+    even = np.ascontiguousarray(np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
+    frame = av.VideoFrame.from_ndarray(even, format="rgb24" if channels == 3 else "rgba")
+    frame = frame.reformat(
+        format="yuv420p" if channels == 3 else "yuva420p",
+        dst_colorspace="ITU709",
+        dst_color_range="MPEG",
+        interpolation="AREA",
+    )
+    frame.pts = index
+    return frame
+
+
+def _carried_on(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The picture [H, W, 4] with its colours carried outwards: chroma that pixels share gets no black from outside."""
+    import cv2
+
+    alpha = image[..., 3:].astype(np.float32) / 255
+    colour = image[..., :3].astype(np.float32)
+    kernel = (CARRIED_PX, CARRIED_PX)
+    around = cv2.blur(colour * alpha, kernel) / np.maximum(cv2.blur(alpha, kernel), 1e-6)[..., None]
+    carried = np.where(alpha > CLEAR, colour, around)
+    return np.concatenate([carried.clip(0, 255).astype(np.uint8), image[..., 3:]], -1)
 
 
 class _SoundTrack:

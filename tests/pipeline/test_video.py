@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 
 from pipeline import video
 from pipeline.errors import UserError
-from pipeline.video import image_files, probe, read_frames, sample_frames, simple_rate, to_standard_range, write_video
+from pipeline.video import (
+    image_files,
+    probe,
+    read_frames,
+    sample_frames,
+    simple_rate,
+    to_standard_range,
+    write_video,
+    write_webm,
+)
 
 WIDTH, HEIGHT = 96, 64
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 40), (40, 60, 210), (235, 235, 235)
@@ -236,11 +245,36 @@ def test_written_videos_are_equal_byte_by_byte_and_play_anywhere(tmp_path: Path)
     assert b"moov" in (tmp_path / "a.mp4").read_bytes()[:256]  # the index comes first: it plays while it loads
 
 
+def test_a_webm_keeps_alpha_and_colours_up_to_the_edge(tmp_path: Path) -> None:
+    """A disc of one colour on nothing, which moves: decoded, it composes over green as the original does."""
+    y, x = np.mgrid[:48, :64]
+    given = []
+    for shift in range(6):
+        alpha = np.clip(14 - np.hypot(x - 22 - 2 * shift, y - 24), 0, 1)
+        colour = np.where(alpha[..., None] > 0, [200, 60, 40], 0)
+        given.append(np.concatenate([colour, 255 * alpha[..., None] + 0.5], -1).astype(np.uint8))
+    write_webm(tmp_path / "disc.webm", given, Fraction(30000, 1001))
+    assert probe(tmp_path / "disc.webm").fps == "30000/1001"
+    shown = list(read_frames(tmp_path / "disc.webm"))
+    assert len(shown) == len(given)
+    for frame, image in zip(shown, given, strict=True):
+        alpha = frame.alpha()
+        assert alpha is not None
+        assert np.abs(alpha.astype(int) - image[..., 3]).mean() < 1.5
+        pairs = ((frame.rgb(), alpha), (image[..., :3], image[..., 3]))
+        over = [a[..., None] / 255 * c + (1 - a[..., None] / 255) * [0, 177, 64] for c, a in pairs]
+        assert np.abs(over[0] - over[1]).mean() < 2.5
+        assert np.abs(over[0] - over[1]).max() < 60
+    assert [path.name for path in tmp_path.iterdir()] == ["disc.webm"]
+
+
 def test_write_video_refuses_nothing_and_mixed_sizes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no frames"):
         write_video(tmp_path / "a.mp4", [], 25)
     with pytest.raises(ValueError, match="frame 1 is uint8"):
         write_video(tmp_path / "a.mp4", [np.zeros((64, 64, 3), np.uint8), np.zeros((32, 64, 3), np.uint8)], 25)
+    with pytest.raises(ValueError, match=r"not uint8 \(64, 64, 4\)"):
+        write_webm(tmp_path / "a.webm", [np.zeros((64, 64, 4), np.uint8), np.zeros((64, 64, 3), np.uint8)], 25)
     assert not list(tmp_path.iterdir())
 
 
