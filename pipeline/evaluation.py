@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,17 @@ SEARCH_BYTES = 600_000_000
 SEARCH_BATCH = 16
 PARTIAL_ALPHA = (metrics.BACKGROUND_ALPHA, 1 - metrics.BACKGROUND_ALPHA)
 WARM_UP_RENDERS, TIMED_RENDERS = 3, 40
+PARTS = ("outline", "mouth", "eyes", "face", "hair", "torso", "background")
+"""Where error is: the half-transparent outline first, then each pixel's part of the subject; every pixel has one."""
+# MediaPipe's landmarks around the face, the lips and each eye, and by how much their hulls are grown: the lips' to the
+# skin that they move, the eyes' to lids and lashes.
+FACE_OVAL = (
+    *(10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149, 150),
+    *(136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109),
+)
+LIPS = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185)
+EYES = ((362, 374, 263, 386, 380, 390, 466, 384), (33, 145, 133, 159, 153, 163, 246, 157))
+FACE_GROWTH, LIPS_GROWTH, EYE_GROWTH = 1.0, 1.25, 1.6
 
 Measure = Callable[["NDArray[np.float32]", "NDArray[np.float32]"], float]
 
@@ -119,7 +130,7 @@ def regional_psnr(truth: Picture, picture: Picture, head: NDArray[np.bool_]) -> 
 def score(
     truth: Picture,
     picture: Picture,
-    head: NDArray[np.bool_],
+    regions: Regions,
     flip: NDArray[np.floating[Any]],
     lpips: Measure | None,
     confidence: NDArray[np.uint8],
@@ -128,16 +139,15 @@ def score(
 
     Args:
         truth, picture: the frame and its render.
-        head: [R,R] the head's pixels.
+        regions: of the frame.
         flip: [R,R] their `metrics.flip_map`.
         lpips: the distance, where its weights are there.
         confidence: [R,R] how sure the frame's alpha is; weighs `psnr_sure`.
     """
     side = min(truth.image.shape[:2])
     error = metrics.squared_error(truth.image, picture.image)
-    partial = (truth.alpha > PARTIAL_ALPHA[0]) & (truth.alpha < PARTIAL_ALPHA[1])
     return {
-        **regional_psnr(truth, picture, head),
+        **regional_psnr(truth, picture, regions.head),
         "psnr_sure": metrics.psnr_of(float((error * confidence).sum() / confidence.sum()))
         if confidence.any()
         else None,
@@ -147,20 +157,77 @@ def score(
         "flip": float(flip.mean()),
         "lpips": lpips(truth.image, picture.image) if lpips else None,
         "squared_error": float(error.sum()),
-        "squared_error_partial_alpha": float(error[partial].sum()),
+        "squared_error_partial_alpha": float(error[_partial(truth.alpha)].sum()),
+        **error_by_part(truth, picture, regions),
     }
 
 
-def head_regions(clip: Clip, head: HeadModel, frames: Sequence[int]) -> Iterator[NDArray[np.bool_]]:
-    """The pixels [R,R] of the fitted head in each of these frames: its silhouette without the torso, grown for hair."""
+class Regions(NamedTuple):
+    """Pixels [R,R] of one frame, by the fitted head."""
+
+    head: NDArray[np.bool_]
+    """Its silhouette without the torso, grown for hair."""
+    face: NDArray[np.bool_]
+    mouth: NDArray[np.bool_]
+    eyes: NDArray[np.bool_]
+
+
+def regions_of(clip: Clip, head: HeadModel, frames: Sequence[int]) -> Iterator[Regions]:
+    """Where head, face, mouth and eyes are in each of these frames."""
     identity = torch.from_numpy(clip.identity)
     for frame in frames:
         rows = (torch.from_numpy(array[frame : frame + 1]) for array in (clip.expression, clip.neck, clip.eyes))
-        vertices = head.vertices(identity, *rows)[0].double().numpy()
+        posed = head.vertices(identity, *rows)
         T_cam_head = clip.Ts_cam_head[frame]
-        vertices_cam = vertices @ T_cam_head[:3, :3].T + T_cam_head[:3, 3]
+
+        def in_camera(points: Tensor, T_cam_head: NDArray[np.float64] = T_cam_head) -> NDArray[np.float64]:
+            return np.asarray(points[0].double().numpy() @ T_cam_head[:3, :3].T + T_cam_head[:3, 3])
+
         size, K = (clip.resolution, clip.resolution), clip.Ks[clip.cameras[frame]]
-        yield metrics.head_mask(silhouette(vertices_cam, head.faces, K, *size, head.regions["head"]))
+        outline = silhouette(in_camera(posed), head.faces, K, *size, head.regions["head"])
+        projected = in_camera(head.landmarks(posed)) @ K.T
+        points = projected[:, :2] / projected[:, 2:]
+        yield Regions(
+            metrics.head_mask(outline),
+            _hull(points[list(FACE_OVAL)], FACE_GROWTH, clip.resolution),
+            _hull(points[list(LIPS)], LIPS_GROWTH, clip.resolution),
+            np.logical_or(*(_hull(points[list(eye)], EYE_GROWTH, clip.resolution) for eye in EYES)),
+        )
+
+
+def _hull(points: NDArray[np.float64], growth: float, size: int) -> NDArray[np.bool_]:
+    """Pixels [size,size] inside the convex hull of points [n,2], grown about their middle."""
+    import cv2
+
+    middle = points.mean(0)
+    hull = cv2.convexHull((middle + growth * (points - middle) - 0.5).round().astype(np.int32))
+    return np.asarray(cv2.fillConvexPoly(np.zeros((size, size), np.uint8), hull, 1), bool)
+
+
+def error_by_part(truth: Picture, picture: Picture, regions: Regions) -> dict[str, float]:
+    """Squared error and pixels of each of `PARTS`, as `error_PART` and `pixels_PART`; every pixel is in one part."""
+    error = metrics.squared_error(truth.image, picture.image)
+    masks = {
+        "outline": _partial(truth.alpha),
+        "mouth": regions.mouth,
+        "eyes": regions.eyes,
+        "face": regions.face,
+        "hair": regions.head,
+        "torso": np.ones_like(regions.head),  # what is left of the subject
+    }
+    # Beyond the subject there is background, wherever a region may reach.
+    subject = metrics.subject_mask(truth.alpha, picture.alpha)
+    found: dict[str, float] = {}
+    taken = np.zeros_like(subject)
+    for part, mask in masks.items():
+        mine = mask & subject & ~taken
+        taken |= mine
+        found |= {f"error_{part}": float(error[mine].sum()), f"pixels_{part}": float(mine.sum())}
+    return found | {"error_background": float(error[~taken].sum()), "pixels_background": float((~taken).sum())}
+
+
+def _partial(alpha: NDArray[np.float32]) -> NDArray[np.bool_]:
+    return (alpha > PARTIAL_ALPHA[0]) & (alpha < PARTIAL_ALPHA[1])
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,11 @@ def alpha_file(index: int) -> str:
     return f"alpha/{index:06d}.png"
 
 
+def shown_file(index: int) -> str:
+    """Path of a held-out frame's truth, render and error in the evaluate stage's folder."""
+    return f"shown/{index:06d}.jpg"
+
+
 def foreground_file(index: int) -> str:
     """Path of the subject's own colours in the matte stage's folder."""
     return f"foreground/{index:06d}.jpg"

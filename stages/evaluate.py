@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 TRAIN_FRAMES_MEASURED = 20
-WORST_FRAMES = TYPICAL_FRAMES = 3
+SHEET_FRAMES = 6
+WORST_FRAMES = 3
+APART_SHARE = 0.2
+"""Frames shown as the worst are so far apart at least, as a share of the held-out span: neighbours show the same."""
 REGIONS = ("psnr", "psnr_subject", "psnr_head", "psnr_torso")
 FIGURES = (*REGIONS, "psnr_sure", "ssim", "ms_ssim", "l1", "flip", "lpips")
 
@@ -53,7 +56,7 @@ def run(run: StageRun) -> Result:
 
     from pipeline.avatars import load_avatar
     from pipeline.clip import load_clip
-    from pipeline.dataset import read_json, write_json
+    from pipeline.dataset import write_json
     from pipeline.evaluation import ClipRenderer, judge, verdict_text
     from pipeline.training import compile_kernels, resolve_device
 
@@ -68,8 +71,7 @@ def run(run: StageRun) -> Result:
     _measure_frames(run, clip, test.usable, renderer, lpips)
     scan = _scan(run, clip, train, test)
     baselines = _measure_baselines(run, clip, train, test, scan)
-    log = read_json(run.input("train", "log.json"))
-    # The log has no clock, so that equal training gives equal files; the manifest has.
+    # The training log has no clock, so that equal training gives equal files; the manifest has.
     trained = (read_manifest(run.subject.stage("train")) or {}).get("metrics", {})
     result = {
         "schema": SCHEMA,
@@ -94,8 +96,8 @@ def run(run: StageRun) -> Result:
             "train_steps": trained.get("steps"),
         },
     }
+    _draw(run, clip, test, result)
     write_json(run.work / "metrics.json", result)
-    _draw(run, clip, test, result, log)
     level = judge(result["test"]["psnr"], {name: row["psnr"] for name, row in result["baselines"].items()})
     summary = {name: value for name, value in result.items() if name not in ("schema", "subject", "per_frame")}
     return Result(Verdict(level, verdict_text(result, level), "comparison.jpg"), summary)
@@ -139,21 +141,21 @@ def _measure_frames(
     import numpy as np
 
     from pipeline.clip import load_crops
-    from pipeline.evaluation import Picture, head_regions, score
+    from pipeline.evaluation import Picture, regions_of, score
     from pipeline.heads import load_head
     from pipeline.metrics import flip_map
 
     missing = [int(frame) for frame in frames if not _scratch(run, int(frame)).is_file()]
-    regions = head_regions(clip, load_head(clip.head), missing)
+    regions = regions_of(clip, load_head(clip.head), missing)
     with run.reporter.task("evaluate", len(frames), "frames", len(frames) - len(missing)) as task:
-        for frame, head in zip(missing, regions, strict=True):
+        for frame, region in zip(missing, regions, strict=True):
             run.check_stop()
             crops = load_crops(clip, [frame])
             truth, picture = Picture.of(crops, 0), renderer.render(frame)
             flip = flip_map(truth.image, picture.image)
-            figures = score(truth, picture, head, flip, lpips, crops.confidences[0])
+            figures = score(truth, picture, region, flip, lpips, crops.confidences[0])
             image = (picture.image * 255 + 0.5).astype(np.uint8)
-            _store(run, frame, Measured(figures, image, head, flip.astype(np.float16)))
+            _store(run, frame, Measured(figures, image, region.head, flip.astype(np.float16)))
             task.advance(note=f"PSNR {figures['psnr']:.1f} dB")
 
 
@@ -201,6 +203,7 @@ def _test_figures(
         "test": {name: _mean(frames, name) for name in FIGURES},
         "ms_ssim_reason": f"it needs sides of at least {MS_SSIM_MIN_SIDE} px" if too_small else None,
         "error_share_partial_alpha": round(partial / error, 4) if error > 0 else None,
+        "error_parts": _error_parts(frames),
         "baselines": {name: {region: _mean(rows, region) for region in REGIONS} for name, rows in baselines.items()},
         "per_frame": {
             "frame": test.usable.tolist(),
@@ -211,6 +214,22 @@ def _test_figures(
                 for name, rows in baselines.items()
             },
         },
+    }
+
+
+def _error_parts(frames: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float]] | None:
+    """Of each part of the picture its share of the squared error and of the pixels; None where there is no error."""
+    from pipeline.evaluation import PARTS
+
+    sums = {
+        kind: {part: sum(f[f"{kind}_{part}"] or 0 for f in frames) for part in PARTS} for kind in ("error", "pixels")
+    }
+    error, pixels = (sum(of.values()) for of in sums.values())
+    if error <= 0:
+        return None
+    return {
+        part: {"error": round(sums["error"][part] / error, 4), "area": round(sums["pixels"][part] / pixels, 4)}
+        for part in PARTS
     }
 
 
@@ -229,22 +248,25 @@ def _train_psnr(run: StageRun, clip: Clip, train: Span, renderer: ClipRenderer) 
     return _mean(rows, "psnr")
 
 
-def _draw(run: StageRun, clip: Clip, test: Span, result: dict[str, Any], log: list[dict[str, Any]]) -> None:
-    """Write the comparison's video and sheet, and the curves."""
+def _draw(run: StageRun, clip: Clip, test: Span, result: dict[str, Any]) -> None:
+    """Write the comparison's video and sheet, the frames that tell most, and where the error is on the whole.
+
+    `result` gets the numbers of those frames as `shown`.
+    """
     import numpy as np
 
     from pipeline.clip import load_crops
-    from pipeline.evaluation_figures import side_by_side, write_curves, write_sheet
-    from pipeline.frames import evenly
+    from pipeline.evaluation_figures import laid_over, mean_error, side_by_side, write_sheet
+    from pipeline.frames import evenly, save_image, shown_file
     from pipeline.video import write_video
 
     figures = result["per_frame"]
     scores = dict(zip(figures["frame"], figures["psnr"], strict=True))
 
-    def compare(frame: int, note: str = "") -> NDArray[np.uint8]:
+    def compare(frame: int) -> NDArray[np.uint8]:
         run.check_stop()
         truth, measured = load_crops(clip, [frame]).images[0], _load(run, frame)
-        titles = f"frame {frame}{note}", f"render, {scores[frame]:.1f} dB"
+        titles = f"frame {frame}", f"render, {scores[frame]:.1f} dB"
         return side_by_side(truth, measured.image, measured.flip, *titles)
 
     def all_frames() -> Iterator[NDArray[np.uint8]]:
@@ -254,13 +276,29 @@ def _draw(run: StageRun, clip: Clip, test: Span, result: dict[str, Any], log: li
                 task.advance()
 
     write_video(run.work / "comparison.mp4", all_frames(), 1 / float(np.median(np.diff(clip.times))))
-    ranked = sorted(scores, key=lambda frame: scores[frame])
-    worst, others = ranked[:WORST_FRAMES], sorted(ranked[WORST_FRAMES:])
-    typical = [others[i] for i in evenly(len(others), TYPICAL_FRAMES)] if others else []
-    sheet = [compare(frame, ", one of the worst") for frame in worst], [compare(frame) for frame in typical]
-    write_sheet(run.work / "comparison.jpg", sheet)
-    curves = {"avatar": figures["psnr"], **{name: rows["psnr"] for name, rows in figures["baselines"].items()}}
-    write_curves(run.work / "curves.png", figures["frame"], curves, log)
+    frames = list(scores)
+    rows = [compare(frames[i]) for i in evenly(len(frames), SHEET_FRAMES)]
+    write_sheet(run.work / "comparison.jpg", [rows[: (len(rows) + 1) // 2], rows[(len(rows) + 1) // 2 :]])
+    result["shown"] = telling_frames(scores)
+    (run.work / "shown").mkdir(exist_ok=True)
+    for entry in result["shown"]:
+        save_image(run.work / shown_file(entry["frame"]), compare(entry["frame"]), quality=90)
+    middle = result["shown"][-1]["frame"]
+    pairs = ((load_crops(clip, [frame]).images[0], _load(run, frame).flip) for frame in frames)
+    on_each_other = (laid_over(clip, frame, middle, *pair) for frame, pair in zip(frames, pairs, strict=True))
+    save_image(run.work / "mean_error.jpg", mean_error(on_each_other), quality=90)
+
+
+def telling_frames(scores: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Of frames with their PSNR those that tell most: a few of the worst, some way apart, and the median one."""
+    apart = max(1, round(APART_SHARE * (max(scores) - min(scores) + 1)))
+    worst: list[int] = []
+    for frame in sorted(scores, key=lambda frame: scores[frame]):
+        if len(worst) < WORST_FRAMES and all(abs(frame - other) >= apart for other in worst):
+            worst.append(frame)
+    others = sorted((frame for frame in scores if frame not in worst), key=lambda frame: scores[frame])
+    chosen = [(frame, "worst") for frame in worst] + [(frame, "typical") for frame in others[len(others) // 2 :][:1]]
+    return [{"frame": frame, "kind": kind} for frame, kind in chosen]
 
 
 def _scratch(run: StageRun, frame: int) -> Path:
@@ -299,7 +337,7 @@ def _rounded(value: float | None) -> float | None:
 
 STAGE = Stage(
     name="evaluate",
-    version=3,
+    version=4,
     inputs=("decode", "matte", "fit", "train"),
     run=run,
     reads=("train.resolution",),

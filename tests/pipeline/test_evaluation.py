@@ -11,7 +11,16 @@ import pytest
 
 from pipeline import evaluation, metrics
 from pipeline.clip import Clip, load_crops
-from pipeline.evaluation import Picture, judge, nearest_by_parameters, scan_training, score
+from pipeline.evaluation import (
+    PARTS,
+    Picture,
+    Regions,
+    error_by_part,
+    judge,
+    nearest_by_parameters,
+    scan_training,
+    score,
+)
 
 
 @pytest.fixture
@@ -87,6 +96,11 @@ def test_small_turns_about_half_a_turn_stay_small(clip: Clip) -> None:
 
 
 SURE = np.full((32, 32), 255, np.uint8)
+NOWHERE = np.zeros((32, 32), bool)
+
+
+def only_head(head: np.ndarray) -> Regions:
+    return Regions(head, NOWHERE, NOWHERE, NOWHERE)
 
 
 def test_a_doubtful_pixel_counts_less() -> None:
@@ -95,7 +109,7 @@ def test_a_doubtful_pixel_counts_less() -> None:
     wrong[:16] += 0.2
     doubtful = SURE.copy()
     doubtful[:16] = 85
-    head, flip = np.ones((32, 32), bool), np.zeros((32, 32))
+    head, flip = only_head(~NOWHERE), np.zeros((32, 32))
     sure = score(truth, Picture(wrong, truth.alpha), head, flip, None, SURE)
     less = score(truth, Picture(wrong, truth.alpha), head, flip, None, doubtful)
     assert sure["psnr_sure"] == pytest.approx(sure["psnr"])
@@ -109,7 +123,7 @@ def test_a_perfect_render_scores_perfectly() -> None:
     alpha[8:24, 8:24], alpha[8, 8:24] = 1, 0.5
     truth = Picture(rng.random((32, 32, 3)).astype(np.float32), alpha)
     flip = np.zeros((32, 32))
-    figures = score(truth, truth, alpha > 0.5, flip, lambda a, b: float(np.abs(a - b).mean()), SURE)
+    figures = score(truth, truth, only_head(alpha > 0.5), flip, lambda a, b: float(np.abs(a - b).mean()), SURE)
     regions = {figures[name] for name in ("psnr", "psnr_subject", "psnr_head", "psnr_torso")}
     assert regions == {metrics.PSNR_CAP_DB}
     assert figures["ssim"] == pytest.approx(1)
@@ -125,7 +139,7 @@ def test_regions_see_their_own_errors_only() -> None:
     wrong[8] += 0.2  # half of this row is of partial alpha, the rest of it is background
     head = np.zeros((32, 32), bool)
     head[12:20, 12:20] = True
-    figures = score(truth, Picture(wrong, alpha), head, np.full((32, 32), 0.25), None, SURE)
+    figures = score(truth, Picture(wrong, alpha), only_head(head), np.full((32, 32), 0.25), None, SURE)
     assert (figures["flip"], figures["psnr_head"]) == (0.25, metrics.PSNR_CAP_DB)
     assert figures["psnr"] == pytest.approx(-10 * np.log10(0.04 / 32), abs=1e-4)
     assert figures["psnr_subject"] == pytest.approx(-10 * np.log10(0.04 / 16), abs=1e-4)
@@ -133,8 +147,26 @@ def test_regions_see_their_own_errors_only() -> None:
     assert figures["psnr_torso"] == pytest.approx(-10 * np.log10(0.04 * 16 / (256 - 64)), abs=1e-4)
     assert figures["squared_error_partial_alpha"] == pytest.approx(0.5 * figures["squared_error"])
     nobody = Picture(truth.image, np.zeros((32, 32), np.float32))
-    figures = score(nobody, nobody, np.zeros((32, 32), bool), np.zeros((32, 32)), None, SURE)
+    figures = score(nobody, nobody, only_head(NOWHERE), np.zeros((32, 32)), None, SURE)
     assert figures["psnr_subject"] is figures["psnr_torso"] is None
+
+
+def test_error_goes_to_the_part_it_is_in_and_nowhere_twice() -> None:
+    alpha = np.zeros((32, 32), np.float32)
+    alpha[4:28, 4:28], alpha[4, 4:28] = 1, 0.5
+    truth = Picture(np.full((32, 32, 3), 0.5, np.float32), alpha)
+    head, face, mouth, eyes = (np.zeros((32, 32), bool) for _ in range(4))
+    head[:20], face[8:18, 8:24], mouth[14:17, 12:20], eyes[9:11, 10:22] = True, True, True, True
+    regions = Regions(head, face, mouth, eyes)
+    places = {"outline": (4, 6), "mouth": (15, 15), "eyes": (9, 12), "face": (12, 9), "hair": (6, 6)}
+    places |= {"torso": (25, 15), "background": (1, 1)}
+    assert set(places) == set(PARTS)
+    for part, place in places.items():
+        wrong = truth.image.copy()
+        wrong[place] += 0.25
+        found = error_by_part(truth, Picture(wrong, alpha), regions)
+        assert {name: found[f"error_{name}"] for name in PARTS} == {**dict.fromkeys(PARTS, 0), part: 0.0625}
+        assert sum(found[f"pixels_{name}"] for name in PARTS) == 32 * 32
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from pipeline.clip import load_clip, load_crops
 from pipeline.config import override, preset_config
 from pipeline.dataset import Subject
 from pipeline.errors import Interrupted, StageError
+from pipeline.frames import shown_file
 from pipeline.stage import Result, StageRun
-from stages.evaluate import STAGE
+from stages.evaluate import STAGE, telling_frames
 
 CONFIG = override(preset_config("quick"), ["train.resolution=64"])
 
@@ -70,14 +71,21 @@ def test_metrics_have_every_key_and_true_figures(
     assert found["baselines"]["mean_frame"]["psnr"] == pytest.approx(mean, abs=1e-4)
     assert found["test"]["psnr"] == pytest.approx(np.mean(found["per_frame"]["psnr"]), abs=1e-4)
     assert result.metrics["test"] == found["test"]
+    parts = found["error_parts"]
+    assert sum(part["error"] for part in parts.values()) == pytest.approx(1, abs=1e-3)
+    assert sum(part["area"] for part in parts.values()) == pytest.approx(1, abs=1e-3)
+    assert parts["outline"]["error"] == pytest.approx(found["error_share_partial_alpha"], abs=1e-3)
 
 
 def test_it_writes_its_pictures(evaluated: tuple[StageRun, Result, dict[str, Any]]) -> None:
     import av
 
-    run, result, _ = evaluated
+    run, result, found = evaluated
     assert result.verdict.picture == "comparison.jpg"
-    assert all((run.work / name).stat().st_size > 1000 for name in ("comparison.jpg", "curves.png"))
+    shown = [shown_file(entry["frame"]) for entry in found["shown"]]
+    assert [entry["kind"] for entry in found["shown"]] == ["worst"] * 3 + ["typical"]
+    assert sorted(path.relative_to(run.work).as_posix() for path in run.work.glob("shown/*")) == sorted(shown)
+    assert all((run.work / name).stat().st_size > 1000 for name in ("comparison.jpg", "mean_error.jpg", *shown))
     with av.open(str(run.work / "comparison.mp4")) as video:
         assert float(video.streams.video[0].average_rate) == 25
         assert sum(1 for _ in video.decode(video=0)) == 9
@@ -142,3 +150,12 @@ def test_lpips_says_why_it_is_not_there(finished_subject: Subject, tmp_path: Pat
     assert (
         json.loads((run.work / "metrics.json").read_bytes())["lpips_reason"] == "switched off: evaluate.lpips is false"
     )
+
+
+def test_the_worst_frames_shown_are_some_way_apart() -> None:
+    scores = {frame: 40.0 - frame for frame in range(20)}
+    assert telling_frames(scores) == [
+        *({"frame": frame, "kind": "worst"} for frame in (19, 15, 11)),
+        {"frame": 8, "kind": "typical"},
+    ]
+    assert telling_frames({7: 30.0}) == [{"frame": 7, "kind": "worst"}]
