@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pipeline.avatars import AvatarModel, Condition
+from pipeline.avatars import AvatarModel, Condition, Gaussians
 from pipeline.clip import Clip, load_crops
 from pipeline.evaluation import ClipRenderer, Picture
 from pipeline.geometry import invert_rigid, matrix_to_quaternion, quaternion_multiply, transform_points
 from pipeline.metrics import psnr
-from pipeline.ply import Splats, colors_to_sh
 from pipeline.rasterize import render_uint8
+from pipeline.rasterize.reference import sh_bases
+from pipeline.splats import Splats, colors_to_sh
 from pipeline.viewpoint import framing
 
 if TYPE_CHECKING:
@@ -25,26 +27,52 @@ def neutral_splats(avatar: AvatarModel) -> Splats:
     """The avatar's Gaussians at rest, in the head's axes and metres."""
     neutral = avatar.neutral
     with torch.no_grad():
-        gaussians = avatar.gaussians(neutral)
-        T_head_world = invert_rigid(neutral.T_cam_head)
-        if gaussians.T_cam_world is not None:
-            T_head_world = T_head_world @ gaussians.T_cam_world
-        turn = matrix_to_quaternion(T_head_world[:3, :3])
-        quats = quaternion_multiply(turn.expand_as(gaussians.quats), gaussians.quats)
-        arrays = (
-            transform_points(T_head_world, gaussians.means),
-            quats / quats.norm(dim=-1, keepdim=True),
-            gaussians.scales,
-            gaussians.opacities,
-            gaussians.colors,
-        )
+        return splats_of(avatar.gaussians(neutral), invert_rigid(neutral.T_cam_head))
+
+
+def splats_of(gaussians: Gaussians, T_axes_cam: Tensor) -> Splats:
+    """What an avatar gave, in other axes.
+
+    Args:
+        gaussians: in the camera's coordinates, or with what leads to them.
+        T_axes_cam: [4,4] from the camera's axes to those that are wanted, y up.
+    """
+    T = T_axes_cam if gaussians.T_cam_world is None else T_axes_cam @ gaussians.T_cam_world
+    quats = quaternion_multiply(matrix_to_quaternion(T[:3, :3]).expand_as(gaussians.quats), gaussians.quats)
+    arrays = (
+        transform_points(T, gaussians.means),
+        quats / quats.norm(dim=-1, keepdim=True),
+        gaussians.scales,
+        gaussians.opacities,
+        gaussians.colors,
+    )
     means, unit_quats, scales, opacities, colors = (value.float().cpu().numpy() for value in arrays)
     if gaussians.sh_degree is None:
         sh = colors_to_sh(colors)
     else:
         sh = np.zeros((len(means), 16, 3), np.float32)
         sh[:, : colors.shape[1]] = colors
+        sh = _turned_harmonics(sh, T[:3, :3])
     return Splats(means, unit_quats, scales, opacities, sh)
+
+
+def gaussians_of(splats: Splats, T_cam_axes: Tensor) -> Gaussians:
+    """The other way: Gaussians to rasterise, from plain arrays and where their axes lie in the camera's."""
+    arrays = (splats.means, splats.quats, splats.scales, splats.opacities, splats.sh)
+    return Gaussians(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), 3, T_cam_axes.float())
+
+
+def _turned_harmonics(sh: NDArray[np.float32], rotation: Tensor) -> NDArray[np.float32]:
+    """Coefficients [N,16,3] of harmonics of the same colours in axes to which `rotation` [3,3] takes.
+
+    The matrix between the two is the one that agrees in more directions than there are harmonics.
+    """
+    R = rotation.double().cpu()
+    if torch.allclose(R, torch.eye(3, dtype=R.dtype), atol=1e-6):
+        return sh
+    directions = torch.nn.functional.normalize(torch.from_numpy(np.random.default_rng(0).normal(size=(64, 3))), dim=1)
+    turn = torch.linalg.lstsq(sh_bases(3, directions), sh_bases(3, directions @ R)).solution
+    return np.asarray(np.einsum("jk,nkc->njc", turn.numpy(), sh), np.float32)
 
 
 def portrait(splats: Splats, T_cam_head: np.ndarray, size: int, threads: int | None = None) -> np.ndarray:

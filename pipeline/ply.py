@@ -2,8 +2,7 @@
 
 62 float columns: `x y z nx ny nz f_dc_0..2 f_rest_0..44 opacity scale_0..2 rot_0..3`, binary little endian. Opacity is
 a logit, scales are logarithms, rotations wxyz; `f_rest` runs over a channel's 15 coefficients first. The axes of such
-files are those of a camera, y down; ours are the head's, y up. The turn by 180 degrees about x between them happens
-here and nowhere else.
+files are those of a camera, y down; ours are the head's, y up: `Splats.turned` lies between them.
 
 A file to read may come from anywhere: its header, sizes and values are checked before they are used.
 """
@@ -13,19 +12,17 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.splats import MIN_SCALE, Splats, logits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SH_C0 = 0.28209479177387814
-"""The constant spherical harmonic, 1 / (2 sqrt(pi))."""
 COLUMNS = (
     *("x", "y", "z", "nx", "ny", "nz"),
     *(f"f_dc_{i}" for i in range(3)),
@@ -37,8 +34,6 @@ COLUMNS = (
 MAX_HEADER_BYTES = 65_536
 MAX_GAUSSIANS = 50_000_000
 
-_MIN_OPACITY = 1e-6
-_MIN_SCALE = 1e-12
 _TYPES = {
     **dict.fromkeys(("char", "int8"), "i1"),
     **dict.fromkeys(("uchar", "uint8"), "u1"),
@@ -49,34 +44,6 @@ _TYPES = {
     **dict.fromkeys(("float", "float32"), "<f4"),
     **dict.fromkeys(("double", "float64"), "<f8"),
 }
-# How each of the 16 real spherical harmonics up to degree 3, in 3DGS's order, changes under (x, y, z) -> (x, -y, -z).
-_SH_TURN = np.array([1, -1, -1, 1, -1, 1, 1, -1, 1, -1, 1, -1, -1, 1, -1, 1], np.float32)
-
-
-@dataclass(frozen=True)
-class Splats:
-    """N Gaussians as plain arrays, in the head's axes (y up).
-
-    Attributes:
-        means: [N,3] centres. quats: [N,4] unit, wxyz. scales: [N,3] standard deviations (linear).
-        opacities: [N] in [0, 1]. sh: [N,16,3] spherical harmonics up to degree 3; colour is `SH + 0.5`.
-    """
-
-    means: NDArray[np.float32]
-    quats: NDArray[np.float32]
-    scales: NDArray[np.float32]
-    opacities: NDArray[np.float32]
-    sh: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.means)
-
-
-def colors_to_sh(colors: NDArray[Any]) -> NDArray[np.float32]:
-    """Colours [N,3] in [0, 1] as harmonics [N,16,3] of which only the constant one is not zero."""
-    sh = np.zeros((len(colors), 16, 3), np.float32)
-    sh[:, 0] = (colors - 0.5) / SH_C0
-    return sh
 
 
 def write_ply(path: Path, splats: Splats) -> None:
@@ -85,21 +52,14 @@ def write_ply(path: Path, splats: Splats) -> None:
     Raises:
         ValueError: the arrays do not fit each other, or hold values that are not finite.
     """
-    count = len(splats)
-    shapes = {"means": (count, 3), "quats": (count, 4), "scales": (count, 3), "opacities": (count,)}
-    for name, shape in {**shapes, "sh": (count, 16, 3)}.items():
-        array = getattr(splats, name)
-        if array.shape != shape or not np.isfinite(array).all():
-            raise ValueError(f"{name} has shape {array.shape} or is not finite; expected finite {shape}")
-    opacities = np.clip(splats.opacities.astype(np.float64), _MIN_OPACITY, 1 - _MIN_OPACITY)
-    sh = splats.sh * _SH_TURN[:, None]
+    count, turned = len(splats), splats.checked().turned()
     table = np.zeros((count, len(COLUMNS)), "<f4")
-    table[:, 0:3] = _turn_points(splats.means)
-    table[:, 6:9] = sh[:, 0]
-    table[:, 9:54] = sh[:, 1:].transpose(0, 2, 1).reshape(count, 45)
-    table[:, 54] = np.log(opacities / (1 - opacities))
-    table[:, 55:58] = np.log(np.maximum(splats.scales, _MIN_SCALE))
-    table[:, 58:62] = _turn_quaternions(splats.quats)
+    table[:, 0:3] = turned.means
+    table[:, 6:9] = turned.sh[:, 0]
+    table[:, 9:54] = turned.sh[:, 1:].transpose(0, 2, 1).reshape(count, 45)
+    table[:, 54] = logits(turned.opacities)
+    table[:, 55:58] = np.log(np.maximum(turned.scales, MIN_SCALE))
+    table[:, 58:62] = turned.quats
     header = ["ply", "format binary_little_endian 1.0", "comment headcast; axes x right, y down, z forward; metres"]
     header += [f"element vertex {count}", *(f"property float {name}" for name in COLUMNS), "end_header", ""]
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -203,21 +163,5 @@ def _splats(table: NDArray[Any]) -> Splats:
         values = take(*(f"f_rest_{i}" for i in range(rest)))
         sh[:, 1 : 1 + rest // 3] = values.reshape(len(table), 3, rest // 3).transpose(0, 2, 1)
     return Splats(
-        means=_turn_points(take("x", "y", "z")),
-        quats=_turn_quaternions(quats / lengths),
-        scales=scales,
-        opacities=opacities,
-        sh=sh * _SH_TURN[:, None],
-    )
-
-
-def _turn_points(points: NDArray[Any]) -> NDArray[np.float32]:
-    """Points [N,3] turned by 180 degrees about x."""
-    return np.asarray(points * np.array([1, -1, -1]), np.float32)
-
-
-def _turn_quaternions(quats: NDArray[Any]) -> NDArray[np.float32]:
-    """Rotations [N,4] followed by the same turn: the product of (0, 1, 0, 0) and q; w is kept from going negative."""
-    w, x, y, z = np.moveaxis(np.asarray(quats, np.float64), -1, 0)
-    turned = np.stack([-x, w, -z, y], -1)
-    return np.asarray(turned * np.where(turned[:, :1] < 0, -1, 1), np.float32)
+        take("x", "y", "z"), np.asarray(quats / lengths, np.float32), np.asarray(scales, np.float32), opacities, sh
+    ).turned()

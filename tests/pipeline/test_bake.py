@@ -22,7 +22,7 @@ from pipeline.gaze import eyes_of, looking
 from pipeline.geometry import invert_rigid, matrix_to_quaternion, quaternion_multiply, transform_points
 from pipeline.heads import EXPRESSIONS
 from pipeline.metrics import psnr
-from pipeline.ply import SH_C0
+from pipeline.splats import SH_C0
 
 TRAINED = 18
 K = torch.from_numpy(clip().K).float()

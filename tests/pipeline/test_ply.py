@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.ply import COLUMNS, Splats, colors_to_sh, read_ply, write_ply
+from pipeline.ply import COLUMNS, read_ply, write_ply
 from pipeline.rasterize import rasterize
+from pipeline.splats import Splats, colors_to_sh
 
 
 def random_splats(count: int, seed: int = 0) -> Splats:
