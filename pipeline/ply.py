@@ -46,8 +46,14 @@ _TYPES = {
 }
 
 
-def write_ply(path: Path, splats: Splats) -> None:
+def write_ply(path: Path, splats: Splats, degree: int = 3) -> None:
     """Write Gaussians by temporary file and rename. Equal Gaussians give equal bytes.
+
+    Args:
+        path: of the file.
+        splats: what to write.
+        degree: of the harmonics that get columns; with 3, as the standard has it, there are 62 columns, with 0 there
+            are 17.
 
     Raises:
         ValueError: the arrays do not fit each other, or hold values that are not finite.
@@ -60,8 +66,14 @@ def write_ply(path: Path, splats: Splats) -> None:
     table[:, 54] = logits(turned.opacities)
     table[:, 55:58] = np.log(np.maximum(turned.scales, MIN_SCALE))
     table[:, 58:62] = turned.quats
+    rest = (degree + 1) ** 2 - 1
+    left_out = [f"f_rest_{i}" for i in range(3 * rest, 45)]
+    names = [name for name in COLUMNS if name not in left_out]
+    if left_out:
+        harmonics = table[:, 9:54].reshape(count, 3, 15)[..., :rest].reshape(count, 3 * rest)
+        table = np.concatenate([table[:, :9], harmonics, table[:, 54:]], 1)
     header = ["ply", "format binary_little_endian 1.0", "comment headcast; axes x right, y down, z forward; metres"]
-    header += [f"element vertex {count}", *(f"property float {name}" for name in COLUMNS), "end_header", ""]
+    header += [f"element vertex {count}", *(f"property float {name}" for name in names), "end_header", ""]
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -7,6 +7,7 @@ what it lost: everything that can be read back is read back and rendered again.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,22 @@ TARGETS = {
     "ply": Target(
         "pipeline.exports.ply", "the avatar at rest as a standard 3DGS PLY, for any splat viewer", ("train",)
     ),
+    "ply-sequence": Target(
+        "pipeline.exports.ply_sequence", "the avatar through its clip, a PLY a frame", ("decode", "fit", "train")
+    ),
+    "spz": Target("pipeline.exports.spz", "the avatar at rest as SPZ, a small file", ("train",)),
+    "sog": Target("pipeline.exports.sog", "the avatar at rest as SOG, PlayCanvas' small file", ("train",)),
+    "gltf": Target("pipeline.exports.gltf", "the avatar at rest as a GLB of Gaussians", ("train",)),
+    "rig": Target(
+        "pipeline.exports.rig",
+        "all that a program of one's own needs to drive it",
+        ("decode", "fit", "train", "export"),
+    ),
+    "arkit": Target(
+        "pipeline.exports.arkit",
+        "head mesh and Gaussians as 52 ARKit blendshapes",
+        ("decode", "fit", "train", "export"),
+    ),
 }
 
 
@@ -57,6 +74,35 @@ class Export:
     reporter: Reporter = field(default_factory=SilentReporter)
     threads: int = field(default_factory=usable_cores)
     stop_requested: Callable[[], bool] = lambda: False
+
+
+def number(export: Export, option: str, default: int, low: int, high: int) -> int:
+    """What an option that takes whole numbers says.
+
+    Raises:
+        UserError: it is none, or lies outside `low` to `high`.
+    """
+    text = export.options.get(option, str(default))
+    if not re.fullmatch(r"-?[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise UserError(f"'{option}={text[:40]}' is not a whole number from {low} to {high}.", _about(export, option))
+    return int(text)
+
+
+def choice(export: Export, option: str, *known: str) -> str:
+    """What an option says that takes one of some words, by default the first.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    text = export.options.get(option, known[0])
+    if text not in known:
+        raise UserError(f"'{option}={text[:40]}' is none of: {', '.join(known)}.", _about(export, option))
+    return text
+
+
+def _about(export: Export, option: str) -> str:
+    options = importlib.import_module(TARGETS[export.target].module).OPTIONS
+    return f"{option}: {options[option]}"
 
 
 def check_export(

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.exports import Export
 
-VERSION = 1
+VERSION = 2
 OPTIONS: dict[str, str] = {}
 """Name -> what it says, of what `--set` may give."""
 
@@ -18,10 +18,7 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the avatar cannot be read.
     """
-    from pipeline.avatars import load_avatar
-    from pipeline.export import neutral_splats
-    from pipeline.ply import write_ply
+    from pipeline.exports.rest import write_rest
+    from pipeline.ply import read_ply, write_ply
 
-    splats = neutral_splats(load_avatar(export.subject.stage("train")))
-    write_ply(folder / "avatar.ply", splats)
-    return {"gaussians": len(splats), "text": f"avatar.ply: {len(splats):,} Gaussians of the face at rest."}
+    return write_rest(export, folder / "avatar.ply", write_ply, read_ply)

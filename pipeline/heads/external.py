@@ -78,6 +78,8 @@ class HeadFile:
     """How to get it, up to "and put it at"; {folder} stands for where it goes."""
     known: Mapping[str, str] = field(default_factory=dict)
     """sha256 -> which published file that is."""
+    may_be_passed_on: bool = True
+    """Whether the licence lets a user give others a head made with it."""
 
     @property
     def path(self) -> Path:
