@@ -8,11 +8,14 @@ A rotation is four bytes in version 3: the number of its largest component in 2 
 other one in steps of 1 / (511 sqrt 2); or three bytes in version 2: x, y, z, while w is not negative. We give positions
 as many bits of fraction as fit (the reference has 12, 0.24 mm, which would show), and harmonics all of their 8 bits.
 
+(A version 4, no gzip any more, came in 2026; whatever reads it reads version 3.)
+
 A file to read may come from anywhere: what it unpacks to is bounded by what its header says, and that by its size.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from pathlib import Path
@@ -108,7 +111,7 @@ def read_spz(path: Path) -> Splats:
         refuse(f"it is no whole gzip file ({error})")
     values = np.frombuffer(body, np.uint8)
     ends = np.cumsum([0, *sizes]) * count
-    split = [values[start:end].reshape(count, -1) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    split = [values[start:end].reshape(count, -1) for start, end in itertools.pairwise(ends)]
     positions, opacities, colors, scales, rotations, rest = split
     sh = np.zeros((count, 16, 3), np.float32)
     sh[:, 0] = (colors / 255 - 0.5) / _COLOR_SCALE

@@ -20,6 +20,7 @@ from pipeline.progress import Reporter, SilentReporter
 from pipeline.run import usable_cores
 
 FOLDER = "exported"
+FITTED = ("decode", "fit", "train", "export")
 
 
 class Target(NamedTuple):
@@ -51,7 +52,7 @@ TARGETS = {
     "arkit": Target(
         "pipeline.exports.arkit",
         "head mesh and Gaussians as 52 ARKit blendshapes",
-        ("decode", "fit", "train", "export"),
+        FITTED,
     ),
 }
 

@@ -24,7 +24,7 @@ def check_licence(export: Export, head: str) -> str:
         return f"The head is made with {file.title} ({file.licence})."
     if not mine:
         raise UserError(
-            f"The export '{export.target}' holds the head of {file.title}, which may not be passed on ({file.licence}).",
-            "if the files are for you alone, add --set licence=mine; --to ply, spz, sog, gltf and ply-sequence hold no mesh",
+            f"The export '{export.target}' holds a mesh of {file.title}, which may not be passed on ({file.licence}).",
+            "if it is for you alone, add --set licence=mine; ply, ply-sequence, spz, sog and gltf hold no mesh",
         )
     return f"The head is made with {file.title} ({file.licence}): do not pass these files on."
