@@ -17,6 +17,7 @@ class Export(Common):
     """Write a subject's avatar as files for other tools, read them back and say what was lost.
 
     ply: the avatar at rest as a standard 3DGS PLY, for any splat viewer.
+    web: a page that plays and drives the avatar in any browser; a folder for a web server, and a single file.
     """
 
     subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUBJECT")] = tyro.MISSING

@@ -54,6 +54,11 @@ TARGETS = {
         "head mesh and Gaussians as 52 ARKit blendshapes",
         FITTED,
     ),
+    "web": Target(
+        "pipeline.exports.web",
+        "a page that plays and drives the avatar in any browser: a folder and a single file",
+        ("decode", "fit", "train", "export"),
+    ),
 }
 
 

@@ -32,3 +32,38 @@
  * shown while it is on. Modules import with `import { a, b } from "./x.js"` or `import * as x from "./x.js"` on one
  * line, and export with `export` before the declaration: so the single file is put together (pipeline/exports/web.py).
  */
+
+import { asset } from "./assets.js";
+import { readAvatar } from "./avatar_file.js";
+import * as clip from "./clip.js";
+import { build } from "./controls.js";
+import { BakedAvatar } from "./gaussians.js";
+import { Player } from "./player.js";
+import * as sliders from "./sliders.js";
+import * as webcam from "./webcam.js";
+
+const AVATAR = "avatar.bin";
+
+async function begin() {
+  const message = document.getElementById("message");
+  try {
+    const avatar = new BakedAvatar(await readAvatar(await asset(AVATAR)));
+    clip.load(avatar);
+    const player = new Player(avatar, document.getElementById("view"), { sliders, clip, webcam });
+    build(player);
+    const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+    if (clip.available() && !still) {
+      await player.use("clip");
+      clip.play();
+    } else await player.use("sliders");
+    window.player = player; // for the console and for tests: it is there when all is ready
+    document.body.classList.remove("loading");
+  } catch (error) {
+    message.textContent = error.message;
+    message.hidden = false;
+    document.body.classList.replace("loading", "failed");
+    console.warn(error);
+  }
+}
+
+begin();
