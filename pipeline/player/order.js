@@ -24,7 +24,10 @@ export class Order {
     }
     const scale = farthest > nearest ? (BINS - 1) / (farthest - nearest) : 0;
     begins.fill(0);
-    for (let i = 0; i < N; i++) begins[(places[i] = (farthest - depths[i]) * scale) + 1]++;
+    for (let i = 0; i < N; i++) {
+      places[i] = (farthest - depths[i]) * scale;
+      begins[places[i] + 1]++;
+    }
     for (let bin = 0; bin < BINS; bin++) begins[bin + 1] += begins[bin];
     for (let i = 0; i < N; i++) {
       const at = 4 * begins[places[i]]++;
