@@ -152,8 +152,7 @@ def transfer(values: Floats, driver: Performance, avatar: Performance, overshoot
     wanted = avatar.neutral + (values - driver.neutral)[:, column]
     coefficient = ~np.isin(avatar.names, (*EYES, *TURN, *MOVE))
     wanted[:, coefficient] = wanted[:, coefficient].clip(0, 1)
-    allowed = overshoot * _by_column(OVERSHOOT, avatar.names)
-    return Transfer(wanted, soft_limit(wanted, avatar.low, avatar.high, allowed))
+    return Transfer(wanted, soft_limit(wanted, avatar.low, avatar.high, overshoot * allowed_overshoot(avatar.names)))
 
 
 def check_names(driver: Sequence[str], avatar: Sequence[str]) -> None:
@@ -174,6 +173,11 @@ def check_names(driver: Sequence[str], avatar: Sequence[str]) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def allowed_overshoot(names: Sequence[str]) -> Floats:
+    """`OVERSHOOT` of the named columns [D]."""
+    return _by_column(OVERSHOOT, names)
 
 
 def soft_limit(values: Floats, low: Floats, high: Floats, room: Floats) -> Floats:
@@ -236,7 +240,7 @@ def limits_hit(result: Transfer, avatar: Performance) -> dict[str, dict[str, Any
     """
     excess = np.maximum(result.wanted - avatar.high, avatar.low - result.wanted)
     worth = _by_column(TOLD, avatar.names)
-    shares = (excess / _by_column(OVERSHOOT, avatar.names)).max(0)
+    shares = (excess / allowed_overshoot(avatar.names)).max(0)
     found = {}
     for column in np.argsort(-shares, kind="stable"):
         beyond = excess[:, column] > worth[column]
