@@ -5,8 +5,10 @@
 
 import { multiply, rotvecOf, turning } from "./rigid.js";
 
-/* Columns after the coefficients: 4 of the eyes, 3 of the head's turn, 3 of its move. */
-export const EYES = 4, TURN = 3, MOVE = 3;
+/* Columns after the coefficients. */
+export const EYES = 4;
+export const TURN = 3;
+export const MOVE = 3;
 
 /* How many of the avatar's columns are coefficients. */
 export function coefficientCount(avatar) {

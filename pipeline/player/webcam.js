@@ -168,14 +168,12 @@ function showControls(video, follower) {
     made.onclick = () => act(made);
     controls.append(made);
   };
-  Object.assign(video.style, { display: "block", width: "160px", transform: "scaleX(-1)" });
   controls.append(video);
-  button("This is my neutral face", () => follower.takeNeutral());
+  button("This is my neutral", () => follower.takeNeutral());
   button("Hide my picture", (made) => {
-    const hide = video.style.height === ""; // no height rather than no display: it has to play on
-    video.style.height = hide ? "0" : "";
-    made.textContent = hide ? "Show my picture" : "Hide my picture";
+    const hidden = video.classList.toggle("away"); // it has to play on
+    made.textContent = hidden ? "Show my picture" : "Hide my picture";
   });
-  document.querySelector("#driver-webcam").append(controls);
+  document.getElementById("driver-webcam").append(controls);
   return controls;
 }
