@@ -26,6 +26,7 @@ from pipeline.errors import UserError, did_you_mean
 from pipeline.gaze import eyes_of
 from pipeline.geometry import make_rigid, matrix_to_rotvec, rotvec_to_matrix, transform_points
 from pipeline.products import Sources
+from pipeline.rasterize import Render
 from pipeline.run import last_config
 from pipeline.viewpoint import HEAD_MIDDLE, Camera, framing, orbit, up_of
 
@@ -216,11 +217,16 @@ class Avatar:
             if self.fade is not None:
                 gaussians = gaussians._replace(opacities=gaussians.opacities * self.fade)
             shown = splat(gaussians, K, camera.width, camera.height, behind, threads=self.threads, view=view)
-            if background is not None:
-                return np.asarray((shown.image.clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy())
-            alpha = shown.alpha.clamp(0, 1)[..., None]
-            straight = torch.cat([shown.image / alpha.clamp(min=1e-6), alpha], -1).clamp(0, 1)
-            return np.asarray((straight * 255 + 0.5).to(torch.uint8).cpu().numpy())
+            return picture_of(shown, transparent=background is None)
+
+
+def picture_of(shown: Render, transparent: bool = False) -> NDArray[np.uint8]:
+    """A render as 8-bit sRGB [H,W,3], or, of one over nothing, [H,W,4] with straight alpha."""
+    image = shown.image
+    if transparent:
+        alpha = shown.alpha.clamp(0, 1)[..., None]
+        image = torch.cat([image / alpha.clamp(min=1e-6), alpha], -1)
+    return np.asarray((image.clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy())
 
 
 def _moves_eyes(expression: Any) -> bool:

@@ -22,6 +22,7 @@ from pipeline.cli.reenact import Reenact
 from pipeline.cli.run import Demo, Rerun, Run
 from pipeline.cli.service import Cancel, Queue, Serve, Submit
 from pipeline.cli.status import Page, Status
+from pipeline.cli.view import View
 from pipeline.errors import HeadcastError, Interrupted, UserError
 from pipeline.logs import VARIABLE, json_line, set_up_logging
 from pipeline.threads import one_blas_thread
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., Common]] = {
     "doctor": Doctor,
     "assets": Assets,
     "demo": Demo,
+    "view": View,
     "reenact": Reenact,
     "export": Export,
     "bench": Bench,
