@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +17,8 @@ from torch import Tensor
 from pipeline import metrics
 from pipeline.avatars import AvatarModel, Condition, conditions_of
 from pipeline.clip import Clip, Crops, load_crops
+from pipeline.errors import HeadcastError
+from pipeline.frames import evenly
 from pipeline.geometry import matrix_to_rotvec
 from pipeline.mesh_render import silhouette
 from pipeline.stage import Level
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
 
     from pipeline.heads import HeadModel
 
+REGIONS = ("psnr", "psnr_subject", "psnr_head", "psnr_torso")
+FIGURES = (*REGIONS, "psnr_sure", "ssim", "ms_ssim", "l1", "flip", "lpips")
 BASELINES = ("nearest_train_frame", "nearest_by_parameters", "mean_frame")
 SEARCH_BYTES = 600_000_000
 """Memory for the held-out frames while training frames pass by; more of them take another pass."""
 SEARCH_BATCH = 16
 PARTIAL_ALPHA = (metrics.BACKGROUND_ALPHA, 1 - metrics.BACKGROUND_ALPHA)
+TRAIN_FRAMES_MEASURED = 20
 WARM_UP_RENDERS, TIMED_RENDERS = 3, 40
 PARTS = ("outline", "mouth", "eyes", "face", "hair", "torso", "background")
 """Where error is: the half-transparent outline first, then each pixel's part of the subject; every pixel has one."""
@@ -160,6 +165,46 @@ def score(
         "squared_error_partial_alpha": float(error[_partial(truth.alpha)].sum()),
         **error_by_part(truth, picture, regions),
     }
+
+
+def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean of a figure over the rows that have it, rounded; None where none has."""
+    values = [value for row in rows if (value := row[name]) is not None]
+    return rounded(sum(values) / len(values)) if values else None
+
+
+def rounded(value: float | None) -> float | None:
+    """A figure with as many digits as files keep."""
+    return None if value is None else round(value, 5)
+
+
+def lpips_or_reason(wanted: bool, resolution: int) -> tuple[Measure | None, str | None]:
+    """The LPIPS distance, or why there is none."""
+    if not wanted:
+        return None, "switched off: evaluate.lpips is false"
+    from pipeline.lpips import MIN_SIDE, load_lpips
+
+    if resolution < MIN_SIDE:
+        return None, f"it needs sides of at least {MIN_SIDE} px"
+    try:
+        return load_lpips(), None
+    except HeadcastError as error:
+        return None, error.what
+
+
+def train_psnr(
+    clip: Clip,
+    usable: NDArray[np.int64],
+    render: Callable[[int], Picture],
+    check_stop: Callable[[], None] = lambda: None,
+) -> float | None:
+    """Mean PSNR on training frames that are spread evenly over the usable ones."""
+    rows = []
+    for frame in usable[evenly(len(usable), TRAIN_FRAMES_MEASURED)].tolist():
+        check_stop()
+        truth = Picture.of(load_crops(clip, [frame]), 0)
+        rows.append({"psnr": metrics.psnr(truth.image, render(frame).image)})
+    return mean_of(rows, "psnr")
 
 
 class Regions(NamedTuple):
@@ -317,6 +362,20 @@ def nearest_by_parameters(clip: Clip, train: NDArray[np.int64], test: NDArray[np
     moving = spread > 1e-6
     scaled = parameters[:, moving] / spread[moving]
     return np.asarray(train[cdist(scaled[test], scaled[train]).argmin(1)])
+
+
+def stand_ins(
+    clip: Clip, train: NDArray[np.int64], test: NDArray[np.int64], scan: TrainingScan
+) -> Iterator[tuple[int, Picture, dict[str, tuple[Picture, int | None]]]]:
+    """Each held-out frame, its truth, and for each baseline the picture that stands in for a render.
+
+    With the picture comes the number of the training frame that it is; None where it is none.
+    """
+    picks = zip(scan.nearest.tolist(), nearest_by_parameters(clip, train, test).tolist(), strict=True)
+    for frame, (nearest, similar) in zip(test.tolist(), picks, strict=True):
+        crops = load_crops(clip, [frame, nearest, similar])
+        others = (Picture.of(crops, 1), nearest), (Picture.of(crops, 2), similar), (scan.mean, None)
+        yield frame, Picture.of(crops, 0), dict(zip(BASELINES, others, strict=True))
 
 
 def judge(psnr: float, baselines: dict[str, float]) -> Level:

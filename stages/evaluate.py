@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.errors import HeadcastError, StageError
+from pipeline.errors import StageError
 from pipeline.stage import Result, Stage, StageRun, Verdict, read_manifest
 
 if TYPE_CHECKING:
@@ -18,13 +18,10 @@ if TYPE_CHECKING:
     from pipeline.evaluation import ClipRenderer, Measure, TrainingScan
 
 SCHEMA = 1
-TRAIN_FRAMES_MEASURED = 20
 SHEET_FRAMES = 6
 WORST_FRAMES = 3
 APART_SHARE = 0.2
 """Frames shown as the worst are so far apart at least, as a share of the held-out span: neighbours show the same."""
-REGIONS = ("psnr", "psnr_subject", "psnr_head", "psnr_torso")
-FIGURES = (*REGIONS, "psnr_sure", "ssim", "ms_ssim", "l1", "flip", "lpips")
 
 
 class Span(NamedTuple):
@@ -57,7 +54,7 @@ def run(run: StageRun) -> Result:
     from pipeline.avatars import load_avatar
     from pipeline.clip import load_clip
     from pipeline.dataset import write_json
-    from pipeline.evaluation import ClipRenderer, judge, verdict_text
+    from pipeline.evaluation import ClipRenderer, judge, lpips_or_reason, train_psnr, verdict_text
     from pipeline.training import compile_kernels, resolve_device
 
     clip = load_clip(run.subject, run.config.train.resolution)
@@ -67,7 +64,7 @@ def run(run: StageRun) -> Result:
     device = resolve_device(run.device)
     compile_kernels(device, run.reporter.message)
     renderer = ClipRenderer.of(load_avatar(run.subject.stage("train"), device), clip, run.threads, device)
-    lpips, lpips_reason = _lpips(run.config.evaluate.lpips, clip.resolution)
+    lpips, lpips_reason = lpips_or_reason(run.config.evaluate.lpips, clip.resolution)
     _measure_frames(run, clip, test.usable, renderer, lpips)
     scan = _scan(run, clip, train, test)
     baselines = _measure_baselines(run, clip, train, test, scan)
@@ -84,7 +81,7 @@ def run(run: StageRun) -> Result:
         },
         **_test_figures(run, clip, test, baselines),
         "lpips_reason": lpips_reason,
-        "train": {"psnr": _train_psnr(run, clip, train, renderer)},
+        "train": {"psnr": train_psnr(clip, train.usable, renderer.render, run.check_stop)},
         "avatar": {
             "model": renderer.avatar.name,
             "gaussians": renderer.avatar.count,
@@ -118,20 +115,6 @@ def _spans(run: StageRun, clip: Clip) -> tuple[Span, Span]:
                 "take another span with --set decode.start_seconds=... decode.end_seconds=..., or film again",
             )
     return train, test
-
-
-def _lpips(wanted: bool, resolution: int) -> tuple[Measure | None, str | None]:
-    """The LPIPS distance, or why there is none."""
-    if not wanted:
-        return None, "switched off: evaluate.lpips is false"
-    from pipeline.lpips import MIN_SIDE, load_lpips
-
-    if resolution < MIN_SIDE:
-        return None, f"it needs sides of at least {MIN_SIDE} px"
-    try:
-        return load_lpips(), None
-    except HeadcastError as error:
-        return None, error.what
 
 
 def _measure_frames(
@@ -175,18 +158,14 @@ def _measure_baselines(
     run: StageRun, clip: Clip, train: Span, test: Span, scan: TrainingScan
 ) -> dict[str, list[dict[str, Any]]]:
     """For each baseline and held-out frame its PSNRs, and the training frame that stood in."""
-    from pipeline.clip import load_crops
-    from pipeline.evaluation import BASELINES, Picture, nearest_by_parameters, regional_psnr
+    from pipeline.evaluation import BASELINES, regional_psnr, stand_ins
 
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in BASELINES}
-    picks = zip(scan.nearest, nearest_by_parameters(clip, train.usable, test.usable), strict=True)
-    for frame, (nearest, similar) in zip(test.usable, picks, strict=True):
+    for frame, truth, pictures in stand_ins(clip, train.usable, test.usable, scan):
         run.check_stop()
-        crops = load_crops(clip, [int(frame), int(nearest), int(similar)])
-        stand_ins = ((Picture.of(crops, 1), int(nearest)), (Picture.of(crops, 2), int(similar)), (scan.mean, None))
-        head = _load(run, int(frame)).head
-        for name, (picture, pick) in zip(BASELINES, stand_ins, strict=True):
-            rows[name].append({"frame": pick, **regional_psnr(Picture.of(crops, 0), picture, head)})
+        head = _load(run, frame).head
+        for name, (picture, pick) in pictures.items():
+            rows[name].append({"frame": pick, **regional_psnr(truth, picture, head)})
     return rows
 
 
@@ -194,23 +173,24 @@ def _test_figures(
     run: StageRun, clip: Clip, test: Span, baselines: Mapping[str, Sequence[dict[str, Any]]]
 ) -> dict[str, Any]:
     """The held-out part of `metrics.json`: means, then the figures of every frame."""
+    from pipeline.evaluation import FIGURES, REGIONS, mean_of, rounded
     from pipeline.metrics import MS_SSIM_MIN_SIDE
 
     frames = [_load(run, int(frame)).figures for frame in test.usable]
     error, partial = (sum(f[key] or 0 for f in frames) for key in ("squared_error", "squared_error_partial_alpha"))
     too_small = clip.resolution < MS_SSIM_MIN_SIDE
     return {
-        "test": {name: _mean(frames, name) for name in FIGURES},
+        "test": {name: mean_of(frames, name) for name in FIGURES},
         "ms_ssim_reason": f"it needs sides of at least {MS_SSIM_MIN_SIDE} px" if too_small else None,
         "error_share_partial_alpha": round(partial / error, 4) if error > 0 else None,
         "error_parts": _error_parts(frames),
-        "baselines": {name: {region: _mean(rows, region) for region in REGIONS} for name, rows in baselines.items()},
+        "baselines": {name: {region: mean_of(rows, region) for region in REGIONS} for name, rows in baselines.items()},
         "per_frame": {
             "frame": test.usable.tolist(),
             "time": [round(float(clip.times[frame]), 4) for frame in test.usable],
-            **{name: [_rounded(figures[name]) for figures in frames] for name in FIGURES},
+            **{name: [rounded(figures[name]) for figures in frames] for name in FIGURES},
             "baselines": {
-                name: {"frame": [row["frame"] for row in rows], "psnr": [_rounded(row["psnr"]) for row in rows]}
+                name: {"frame": [row["frame"] for row in rows], "psnr": [rounded(row["psnr"]) for row in rows]}
                 for name, rows in baselines.items()
             },
         },
@@ -231,21 +211,6 @@ def _error_parts(frames: Sequence[Mapping[str, float | None]]) -> dict[str, dict
         part: {"error": round(sums["error"][part] / error, 4), "area": round(sums["pixels"][part] / pixels, 4)}
         for part in PARTS
     }
-
-
-def _train_psnr(run: StageRun, clip: Clip, train: Span, renderer: ClipRenderer) -> float | None:
-    """Mean PSNR on training frames that are spread evenly."""
-    from pipeline.clip import load_crops
-    from pipeline.evaluation import Picture
-    from pipeline.frames import evenly
-    from pipeline.metrics import psnr
-
-    rows = []
-    for frame in train.usable[evenly(len(train.usable), TRAIN_FRAMES_MEASURED)]:
-        run.check_stop()
-        truth = Picture.of(load_crops(clip, [int(frame)]), 0)
-        rows.append({"psnr": psnr(truth.image, renderer.render(int(frame)).image)})
-    return _mean(rows, "psnr")
 
 
 def _draw(run: StageRun, clip: Clip, test: Span, result: dict[str, Any]) -> None:
@@ -323,16 +288,6 @@ def _load(run: StageRun, frame: int) -> Measured:
         figures = {name: float(file[name]) for name in file.files if file[name].ndim == 0}
         known = {name: None if np.isnan(value) else value for name, value in figures.items()}
         return Measured(known, file["image"], file["head"], file["flip_map"])
-
-
-def _mean(rows: Sequence[Mapping[str, float | None]], name: str) -> float | None:
-    """Mean of a figure over the rows that have it; None where none has."""
-    values = [value for row in rows if (value := row[name]) is not None]
-    return _rounded(sum(values) / len(values)) if values else None
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 5)
 
 
 STAGE = Stage(
