@@ -11,7 +11,7 @@ import math
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,18 @@ class Clip:
             return np.ones((len(self.crops), self.resolution, self.resolution), np.float32)
         pairs = zip(self.crops, self.image_sizes, strict=True)
         return np.stack([_inside(crop, size, self.resolution) for crop, size in pairs])
+
+    def recropped(self, crops: Sequence[tuple[int, int, int]]) -> Clip:
+        """The same clip in other square crops, one a camera, at the same resolution.
+
+        Args:
+            crops: [C] (x0, y0, side) in whole pixels of the decoded frames.
+        """
+        Ks = [
+            crop_intrinsics(K, np.array([x0 - left, y0 - top, side]) * (self.resolution / old), self.resolution)
+            for K, (left, top, old), (x0, y0, side) in zip(self.Ks, self.crops, crops, strict=True)
+        ]
+        return replace(self, Ks=np.stack(Ks), crops=tuple(crops))
 
     def personal_head(self) -> HeadModel:
         """The head model with what the fit found at its landmarks built in; `identity` comes on top."""

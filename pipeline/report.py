@@ -245,7 +245,7 @@ def _video(path: Path, alt: str) -> Media | None:
     """A video small enough for a page; None where it is not, or not there."""
     try:
         fits = 0 < path.stat().st_size <= VIDEO_LIMIT_BYTES
-        return Media("video", _data_uri("video/mp4", path.read_bytes()), alt) if fits else None
+        return Media("video", data_uri("video/mp4", path.read_bytes()), alt) if fits else None
     except OSError:
         return None
 
@@ -270,10 +270,11 @@ def _picture(folder: Path, name: str, alt: str) -> Media | None:
         _, encoded = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 9])
     else:
         _, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, PICTURE_QUALITY])
-    return Media("image", _data_uri("image/png" if plot else "image/jpeg", encoded.tobytes()), alt)
+    return Media("image", data_uri("image/png" if plot else "image/jpeg", encoded.tobytes()), alt)
 
 
-def _data_uri(kind: str, data: bytes) -> str:
+def data_uri(kind: str, data: bytes) -> str:
+    """Bytes of a MIME type as an address that needs no file."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 

@@ -334,6 +334,22 @@ def load_avatar(folder: Path, device: torch.device | str = "cpu") -> AvatarModel
     return avatar.to(device)
 
 
+def trained_resolution(folder: Path) -> int:
+    """Width and height of the crops that a saved avatar was trained on, in pixels.
+
+    Raises:
+        UserError: its description does not tell.
+    """
+    path = folder / DESCRIPTION
+    try:
+        resolution = json.loads(path.read_bytes())["training"]["resolution"]
+        if type(resolution) is not int or resolution < 1:
+            raise ValueError(f"a resolution of {resolution!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"'{path}' does not tell what the avatar was trained at: {error}.", "train it again") from error
+    return int(resolution)
+
+
 # What a model's code may raise over weights and settings that somebody else wrote.
 _DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
