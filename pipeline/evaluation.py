@@ -59,6 +59,10 @@ class Picture:
     image: NDArray[np.float32]
     alpha: NDArray[np.float32]
 
+    def rgb(self) -> NDArray[np.uint8]:
+        """The image [R,R,3] in 8 bits."""
+        return np.asarray((self.image * 255 + 0.5).astype(np.uint8))
+
     @staticmethod
     def of(crops: Crops, row: int) -> Picture:
         """One row of some crops."""

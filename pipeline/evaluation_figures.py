@@ -22,6 +22,7 @@ FACE_PLANE_M = np.array([[0, 0, 0.1], [0.1, 0, 0.1], [0, 0.1, 0.1]])
 """Three points in the head's axes that a face is laid over another by."""
 FLIP_FULL_SCALE = 0.5
 """The FLIP error that the colour map's bright end stands for."""
+ERROR_TITLE = f"error (FLIP, bright = {FLIP_FULL_SCALE})"
 INK, PAPER, BAR = (32, 36, 44), (255, 255, 255), (238, 240, 243)
 
 
@@ -36,8 +37,7 @@ def side_by_side(
         caption: what the truth is called, for example `frame 203`.
         figure: what stands over the render, for example `render, 31.2 dB`.
     """
-    error = _heat(flip, FLIP_FULL_SCALE)
-    return titled({caption: truth, figure: image, f"error (FLIP, bright = {FLIP_FULL_SCALE})": error})
+    return titled({caption: truth, figure: image, ERROR_TITLE: heat_map(flip)})
 
 
 def mean_error(pairs: Iterable[tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]]) -> NDArray[np.uint8]:
@@ -51,7 +51,7 @@ def mean_error(pairs: Iterable[tuple[NDArray[np.uint8], NDArray[np.floating[Any]
         images, errors, count = images + image, errors + flip, count + 1
     truth, error = images / count, errors / count
     full = max(0.02, round(float(np.percentile(error, 99)), 2))
-    heat, grey = _heat(error, full), truth.mean(-1, keepdims=True) * 0.6 + 90
+    heat, grey = heat_map(error, full), truth.mean(-1, keepdims=True) * 0.6 + 90
     over = grey + np.clip(error / full, 0, 1)[..., None] ** 0.5 * (heat - grey)
     first, last = (np.clip(image + 0.5, 0, 255).astype(np.uint8) for image in (truth, over))
     return titled({f"mean of {count} frames": first, f"mean error (FLIP, bright = {full})": heat, "both": last})
@@ -73,7 +73,8 @@ def laid_over(
     return np.asarray(moved), np.asarray(cv2.warpAffine(flip.astype(np.float32), move, size))
 
 
-def _heat(flip: NDArray[np.floating[Any]], full_scale: float) -> NDArray[np.uint8]:
+def heat_map(flip: NDArray[np.floating[Any]], full_scale: float = FLIP_FULL_SCALE) -> NDArray[np.uint8]:
+    """FLIP's error [H,W] in colours [H,W,3]: black is none, bright is `full_scale` or more."""
     import cv2
 
     shown = (np.clip(flip / full_scale, 0, 1) * 255).astype(np.uint8)
@@ -92,8 +93,18 @@ def titled(panels: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
     picture = Image.fromarray(canvas)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     for place, title in enumerate(panels):
-        draw.text((place * side + 8, BAR_PX / 2), title, INK, font, anchor="lm")
+        draw.text((place * side + 8, BAR_PX / 2), _shortened(title, font, side - 12), INK, font, anchor="lm")
     return np.asarray(picture)
+
+
+def _shortened(title: str, font: Any, width_px: int) -> str:
+    """A title on one line that fits a width: what is too long loses its middle, for figures stand at its end."""
+    whole = text = " ".join(title.split())
+    kept = len(whole)
+    while font.getlength(text) > width_px and kept > 2:
+        kept -= 1
+        text = f"{whole[: kept // 2]}...{whole[len(whole) - (kept + 1) // 2 :]}"
+    return text
 
 
 def write_sheet(path: Path, columns: Sequence[Sequence[NDArray[np.uint8]]]) -> None:

@@ -137,8 +137,7 @@ def _measure_frames(
             truth, picture = Picture.of(crops, 0), renderer.render(frame)
             flip = flip_map(truth.image, picture.image)
             figures = score(truth, picture, region, flip, lpips, crops.confidences[0])
-            image = (picture.image * 255 + 0.5).astype(np.uint8)
-            _store(run, frame, Measured(figures, image, region.head, flip.astype(np.float16)))
+            _store(run, frame, Measured(figures, picture.rgb(), region.head, flip.astype(np.float16)))
             task.advance(note=f"PSNR {figures['psnr']:.1f} dB")
 
 

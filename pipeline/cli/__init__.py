@@ -16,6 +16,7 @@ from pipeline.cli.assets import Assets
 from pipeline.cli.batch import Batch, Nightly
 from pipeline.cli.bench import Bench
 from pipeline.cli.common import Common
+from pipeline.cli.compare import Compare
 from pipeline.cli.doctor import Doctor
 from pipeline.cli.export import Export
 from pipeline.cli.reenact import Reenact
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., Common]] = {
     "view": View,
     "reenact": Reenact,
     "export": Export,
+    "compare": Compare,
     "bench": Bench,
 }
 
