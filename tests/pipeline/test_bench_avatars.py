@@ -12,11 +12,12 @@ import pytest
 from avatar_data import write_subject
 
 from pipeline import bench_avatars
-from pipeline.bench_avatars import ABLATION, BEST, Row, bench, table
+from pipeline.avatar_table import BEST, REGIONS
+from pipeline.bench_avatars import ABLATION, Row, bench, table
 from pipeline.config import configure, override, preset_config
 from pipeline.dataset import Subject, read_json, subject_name_for, write_json
 from pipeline.errors import StageError, UserError
-from pipeline.stage import StageRun
+from pipeline.stage import StageRun, section_of
 from pipeline.video import write_video
 from stages import evaluate, train
 
@@ -55,7 +56,8 @@ def in_process(arguments: list[str]) -> None:
         if not work.exists():
             work.mkdir()
             result = module.run(StageRun(subject, work, config, "cpu", 1))
-            write_json(work / "stage.json", {"schema": 1, "outputs": [], "metrics": result.metrics})
+            about = {"config": section_of(module.STAGE, config), "metrics": result.metrics}
+            write_json(work / "stage.json", {"schema": 1, "outputs": [], **about})
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def test_rows_train_apart_and_failures_stay_in_their_place(
     assert gains["longer, 40 steps"]["psnr"] == {"mean": pytest.approx(sum(each) / 2, abs=1e-3), "min": min(each)}
     assert gains["longer, 40 steps"]["beside_first"]["min"] > 0
     assert gains["short"]["beside_first"] == {"mean": 0, "min": 0}
-    assert gains["broken"] == {"clips": 0, "psnr": None, "psnr_subject": None, "psnr_head": None, "beside_first": None}
+    assert gains["broken"] == {"clips": 0, **dict.fromkeys(REGIONS), "beside_first": None}
 
     lines = table(document).splitlines()
     assert "| broken | failed: Training diverged at step 7. " in table(document)
