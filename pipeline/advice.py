@@ -77,8 +77,8 @@ def advise(subject: Subject, manifests: Mapping[str, Mapping[str, Any]]) -> list
         manifests: the finished stages' manifests by name.
     """
     found: list[Advice] = []
-    track = _arrays(subject, "track", "track.npz")
-    fit = _arrays(subject, "fit", "fit.npz")
+    track = stage_arrays(subject, "track", "track.npz")
+    fit = stage_arrays(subject, "fit", "fit.npz")
     found += _length(subject, track)
     found += _flags(track)
     found += _face_size(track)
@@ -221,7 +221,7 @@ def _some(text: str, limit: int = 90) -> str:
     return text if len(text) <= limit else f"{text[:limit].rpartition(',')[0]} and more"
 
 
-def _arrays(subject: Subject, stage: str, name: str) -> dict[str, NDArray[Any]]:
+def stage_arrays(subject: Subject, stage: str, name: str) -> dict[str, NDArray[Any]]:
     """A stage's arrays; none where the file is missing or damaged, which is the stage's own concern."""
     import zipfile
 

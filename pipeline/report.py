@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +18,19 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pipeline import __version__
-from pipeline.advice import Advice, advise
+from pipeline.advice import advise, stage_arrays
+from pipeline.charts import Chart, Level, Line, Mark, chart
 from pipeline.config import Config, differences
 from pipeline.dataset import Subject, write_atomic
+from pipeline.frames import shown_file
+from pipeline.limits import PARTS, limits
+from pipeline.products import ACCOUNT
 from pipeline.stage import Stage, State, inspect_stages
 
 if TYPE_CHECKING:
     import jinja2
+
+    from pipeline.coverage import Coverage, Range
 
 TEMPLATES = Path(__file__).parent / "templates"
 METRICS_SCHEMA = 1
@@ -37,6 +44,18 @@ RIVALS = {
     "mean_frame": ("Mean training frame", ""),
 }
 REGIONS = {"psnr": "Whole crop", "psnr_subject": "Subject", "psnr_head": "Head", "psnr_torso": "Torso"}
+CURVES = {
+    "nearest_train_frame": ("Best training frame (knows the answer)", 2, False),
+    "nearest_by_parameters": ("Nearest training frame by expression and pose", 3, True),
+}
+"""Baseline -> its label, colour and whether it is dashed, beside the avatar in the chart of held-out frames."""
+GROUPS = {
+    "Mouth": ("mouth",),
+    "Eyes": ("eye",),
+    "Jaw, brows, cheeks and nose": ("jaw", "brow", "cheek", "nose", "tongue"),
+}
+"""Coefficients by what their names begin with."""
+EXPORTED = "exported"
 _VERDICT_OPENING = re.compile(r"^[A-Z][\w ]{0,30}: (good|fair|poor)\. ")
 
 
@@ -133,6 +152,8 @@ def _contents(subject: Subject, stages: Sequence[Stage], config: Config) -> dict
     states = inspect_stages(subject, stages, config)
     views = [_view(subject, stage, state) for stage, state in zip(stages, states, strict=True)]
     metrics = _evaluation(subject)
+    coverage = _coverage(subject, metrics)
+    finished = {state.stage: state.manifest for state in states if state.manifest}
     times = [view.seconds for view in views if view.seconds is not None]
     peaks = [view.peak_memory_mb for view in views if view.peak_memory_mb is not None]
     manifests = [state.manifest for state in states if state.manifest]
@@ -144,10 +165,20 @@ def _contents(subject: Subject, stages: Sequence[Stage], config: Config) -> dict
         "metrics": metrics,
         "comparison": _comparison(metrics) if metrics else [],
         "regions": REGIONS,
-        "curves": _picture(subject.stage("evaluate"), "curves.png", "PSNR of every held-out frame, and of training"),
+        "limits": limits(metrics, finished, coverage) if metrics else None,
+        "training": _training_charts(subject, finished.get("train", {}), metrics),
+        "held_out": _held_out_chart(metrics) if metrics else None,
+        "shown": _shown(subject, metrics, coverage) if metrics else [],
+        "mean_error": _picture(subject.stage("evaluate"), "mean_error.jpg", "Where on the face the mean error lies"),
+        "parts": _parts(metrics) if metrics else [],
+        "coverage": coverage,
+        "expressions": _by_group(coverage) if coverage else {},
+        "poses": _pose_charts(coverage) if coverage else [],
+        "speed": _speed(finished, metrics),
+        "sizes": _sizes(subject),
         "fitted": _fitted(subject),
         "novel_views": _novel_views(subject, states),
-        "advice": _advice(subject, states),
+        "advice": advise(subject, finished) if "track" in finished else None,
         "total_seconds": sum(times) if times else None,
         "longest_seconds": max(times, default=0.0),
         "peak_memory_mb": max(peaks, default=None),
@@ -284,7 +315,14 @@ def _evaluation(subject: Subject) -> dict[str, Any] | None:
     wanted = ("split", "counts", "test", "train", "baselines", "avatar", "speed")
     if not isinstance(record, dict) or record.get("schema") != METRICS_SCHEMA:
         return None
-    return record if all(isinstance(record.get(name), dict) for name in wanted) else None
+    if not all(isinstance(record.get(name), dict) for name in wanted):
+        return None
+    rows = record.get("per_frame")
+    lists = [rows.get(name) for name in ("frame", "psnr")] if isinstance(rows, dict) else []
+    sound = [values for values in lists if isinstance(values, list) and all(_plain(v) is not None for v in values)]
+    if len(sound) != 2 or len(sound[0]) != len(sound[1]):
+        rows = {"frame": [], "psnr": []}
+    return {**record, "per_frame": rows}
 
 
 def _comparison(metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -301,10 +339,181 @@ def _comparison(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _advice(subject: Subject, states: Sequence[State]) -> list[Advice] | None:
-    """What to film differently; None before anything is known about the frames."""
-    manifests = {state.stage: state.manifest for state in states if state.manifest}
-    return advise(subject, manifests) if "track" in manifests else None
+def _coverage(subject: Subject, metrics: dict[str, Any] | None) -> Coverage | None:
+    """What the clip shows; None before it is evaluated, or where the fit does not tell."""
+    from pipeline.coverage import Coverage
+
+    if metrics is None:
+        return None
+    try:
+        return Coverage.of(stage_arrays(subject, "fit", "fit.npz"), metrics["split"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _training_charts(subject: Subject, manifest: dict[str, Any], metrics: dict[str, Any] | None) -> list[Chart]:
+    """PSNR and loss by step from `log.json`; none where it is not there or damaged."""
+    log = _read(subject.stage("train") / "log.json")
+    rows = [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []
+
+    def points(name: str) -> list[tuple[float, float | None]]:
+        return [(row["step"], _plain(row.get(name))) for row in rows if _plain(row.get("step")) is not None]
+
+    lines = [Line("Training frames", points("psnr_train"), 1), Line("Frames kept back at first", points("psnr_val"), 2)]
+    lines = [line for line in lines if any(y is not None for _, y in line.points)]
+    test = _plain(metrics["test"].get("psnr")) if metrics else None
+    levels = [Level(test, f"held-out frames {test:.1f}")] if test is not None else []
+    about = "PSNR on a few training frames rises with the steps"
+    if rows and (last := _plain(rows[-1].get("psnr_train"))) is not None:
+        about += f" to {last:.1f} dB"
+    about += f"; held-out frames reach {test:.1f} dB." if test is not None else "."
+    share = _plain((manifest.get("config") or {}).get("coarse_share"))
+    coarse = f" The first {share:.0%} of the steps are at half the resolution." if share else ""
+    found = [
+        chart("PSNR by training step", about, lines, "step", "PSNR in dB", levels=levels),
+        chart(
+            "Loss by training step",
+            f"The mean over the steps since the point before.{coarse}",
+            [Line("Loss", points("loss"), 3)],
+            "step",
+            "loss",
+            up=(0, 0),
+        ),
+    ]
+    return [one for one in found if one is not None]
+
+
+def _held_out_chart(metrics: dict[str, Any]) -> Chart | None:
+    """PSNR of every held-out frame, whole and head, beside the training frames that stand in."""
+    rows = metrics["per_frame"]
+    scores = dict(zip(rows["frame"], rows["psnr"], strict=True))
+
+    def points(values: Any) -> list[tuple[float, float | None]]:
+        known = values if isinstance(values, list) else []
+        return [(frame, _plain(y)) for frame, y in zip(scores, known, strict=False)]
+
+    lines = [Line("Avatar, whole crop", list(scores.items()), 1)]
+    lines.append(Line("Avatar, head", points(rows.get("psnr_head")), 4))
+    others = rows.get("baselines") if isinstance(rows.get("baselines"), dict) else {}
+    for name, (label, colour, dashed) in CURVES.items():
+        lines.append(Line(label, points((others.get(name) or {}).get("psnr")), colour, dashed))
+    worst = [entry["frame"] for entry in _told(metrics) if entry["kind"] == "worst"]
+    marks = [
+        Mark(frame, scores[frame], f"{frame:.0f}") for frame in worst or sorted(scores, key=scores.__getitem__)[:1]
+    ]
+    about = f"The worst is frame {marks[0].text} with {marks[0].y:.1f} dB." if marks else ""
+    lines = [line for line in lines if any(y is not None for _, y in line.points)]
+    return chart("PSNR of every held-out frame", about, lines, "frame", "PSNR in dB", marks=marks)
+
+
+def _told(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The frames that tell most, as the evaluation chose them, with what of their entries is sound."""
+    listed = metrics.get("shown")
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    known = metrics["per_frame"]["frame"]
+    return [entry for entry in entries if entry.get("frame") in known and entry.get("kind") in ("worst", "typical")]
+
+
+def _shown(subject: Subject, metrics: dict[str, Any], coverage: Coverage | None) -> list[dict[str, Any]]:
+    """Truth, render and error of the frames that tell most, and what they have that training lacked."""
+    distances = {}
+    if coverage is not None:
+        pairs = zip(*coverage.novelty(), strict=True)
+        distances = dict(zip(coverage.test.tolist(), pairs, strict=True))
+    rows, found = metrics["per_frame"], []
+    scores = dict(zip(rows["frame"], rows["psnr"], strict=True))
+    for entry in _told(metrics):
+        frame = entry["frame"]
+        alt = f"Frame {frame}: truth, render, and where they differ"
+        media = _picture(subject.stage("evaluate"), shown_file(frame), alt)
+        if media is not None:
+            distance, nearest = distances.get(frame, (None, None))
+            lacking = coverage.lacking(frame) if coverage is not None and frame in distances else []
+            found.append(
+                {**entry, "media": media, "psnr": scores.get(frame), "distance": distance, "nearest": nearest}
+                | {"lacking": lacking}
+            )
+    return found
+
+
+def _parts(metrics: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """Parts of the picture with their shares of the squared error and of the area, most error first."""
+    parts = metrics.get("error_parts")
+    if not isinstance(parts, dict):
+        return []
+    names = {**{part: name.removeprefix("the ") for part, (name, _) in PARTS.items()}, "background": "background"}
+    known = [
+        (names[part], _plain(of.get("error")), _plain(of.get("area")))
+        for part, of in parts.items()
+        if part in names and isinstance(of, dict)
+    ]
+    rows = [(name, error, area) for name, error, area in known if error is not None and area is not None]
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def _by_group(coverage: Coverage) -> dict[str, list[Range]]:
+    """What was seen of every coefficient, by part of the face."""
+    ranges = coverage.ranges()
+    return {title: [found for found in ranges if found.name.startswith(begin)] for title, begin in GROUPS.items()}
+
+
+def _pose_charts(coverage: Coverage) -> list[Chart]:
+    """Where head and eyes turned, in training and in the held-out frames."""
+    charts = []
+    kinds = (
+        ("Where the head turned", "yaw", "pitch", (-30.0, 30.0), (-20.0, 20.0)),
+        ("Where the eyes turned in the head", "gaze yaw", "gaze pitch", (-20.0, 20.0), (-15.0, 15.0)),
+    )
+    for title, turn, nod, across, up in kinds:
+        # Seen as in a mirror: what is turned to the subject's left is drawn at the left.
+        x, y = -coverage.angles[turn], coverage.angles[nod]
+        clouds = [
+            Line(label, list(zip(x[frames].tolist(), y[frames].tolist(), strict=True)), colour, dots=True)
+            for label, frames, colour in (("Training frames", coverage.train, 1), ("Held-out frames", coverage.test, 2))
+        ]
+        about = f"In training: {coverage.span(turn)}, {coverage.span(nod)}."
+        axes = "degrees to the subject's left (−) and right (+)", "degrees up (−) and down (+)"
+        charts.append(chart(title, about, clouds, *axes, across=across, up=up, turned=True))
+    return [one for one in charts if one is not None]
+
+
+def _speed(manifests: dict[str, dict[str, Any]], metrics: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Rates that were measured, as figure and what it is of."""
+    trained = manifests.get("train", {}).get("metrics") or {}
+    baked = (manifests.get("export", {}).get("metrics") or {}).get("baked") or {}
+    per_second = _plain(trained.get("steps_per_second"))
+    rates = [
+        (_plain(metrics["speed"].get("render_fps")) if metrics else None, "/ s", "frames rendered, whole avatar"),
+        (_plain(baked.get("render_fps")), "/ s", "frames rendered, baked avatar"),
+        (1000 / per_second if per_second else None, "ms", "a training step"),
+    ]
+    return [(f"{value:.0f} {unit}", what) for value, unit, what in rates if value is not None]
+
+
+def _sizes(subject: Subject) -> list[tuple[str, str, int]]:
+    """What there is to give away: (what, link, bytes) of files and of folders that were exported."""
+    places = {
+        "Avatar": ("export/avatar.safetensors", "export/avatar.json"),
+        "Baked avatar": ("export/baked/avatar.safetensors", "export/baked/avatar.json"),
+        "PLY at rest": ("export/avatar.ply",),
+    }
+    found = []
+    for title, names in places.items():
+        paths = [subject.root / name for name in names]
+        if all(path.is_file() for path in paths):
+            found.append((title, names[0], sum(path.stat().st_size for path in paths)))
+    folder = subject.root / EXPORTED
+    for path in sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []:
+        if path.is_dir() and (path / ACCOUNT).is_file():
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and file.name != ACCOUNT)
+            found.append((f"Export {path.name}", f"{EXPORTED}/{quote(path.name, safe='')}/", size))
+    return found
+
+
+def _plain(value: Any) -> float | None:
+    """A finite number as it is; None for anything else."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if plain else None
 
 
 def _clips(subject: Subject) -> list[dict[str, Any]]:

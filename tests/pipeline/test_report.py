@@ -16,7 +16,7 @@ import pytest
 from pipeline.config import Config, override, preset_config
 from pipeline.dataset import Subject
 from pipeline.errors import StageError
-from pipeline.frames import save_image
+from pipeline.frames import save_image, shown_file
 from pipeline.report import build_report, bytes_text, figure_text, lead_text, seconds_text
 from pipeline.stage import Result, Stage, StageRun, Verdict, run_stage
 
@@ -51,7 +51,29 @@ METRICS = {
     "avatar": {"model": "rigged", "gaussians": 10000, "bytes": 2_400_000},
     "speed": {"render_fps": 212.4, "train_seconds": 41.5, "train_steps": 1500},
     "error_share_partial_alpha": 0.42,
+    "error_parts": {
+        "outline": {"error": 0.42, "area": 0.05},
+        "face": {"error": 0.5, "area": 0.3},
+        "background": {"error": 0.08, "area": 0.65},
+        HOSTILE: {"error": 0.1, "area": 0.1},
+    },
+    "shown": [
+        {"frame": 197, "kind": "worst"},
+        {"frame": 196, "kind": "typical"},
+        {"frame": 999, "kind": "worst"},
+        {"frame": 198, "kind": HOSTILE},
+    ],
+    "per_frame": {
+        "frame": [195, 196, 197, 198],
+        "psnr": [34.0, 33.5, 31.0, 35.0],
+        "psnr_head": [31.0, None, 28.0, 32.0],
+        "baselines": {"nearest_train_frame": {"frame": [194, 194, 190, 3], "psnr": [35.0, 34.0, 33.0, 33.0]}},
+    },
 }
+LOG = [
+    {"step": 100, "loss": 0.02, "psnr_train": 28.0, "psnr_val": 27.0},
+    {"step": 200, "loss": 0.01, "psnr_train": 33.0, "psnr_val": None},
+]
 
 
 class Page(HTMLParser):
@@ -82,6 +104,25 @@ def picture(path: Path) -> None:
     save_image(path, np.tile(np.arange(0, 256, 2, dtype=np.uint8)[:, None, None], (1, 1600, 3)))
 
 
+def write_fit(path: Path) -> None:
+    """A head that turns left more and more, and a jaw that opens only where training does not see it."""
+    count = 216
+    rng = np.random.default_rng(0)
+    expression = rng.uniform(0, 0.3, (count, 3))
+    expression[195:, 0] = 0.9
+    yaw = np.radians(np.linspace(0, 43, count))
+    poses = np.tile(np.diag([1.0, -1, -1, 1]), (count, 1, 1))
+    poses[:, 0, 2], poses[:, 2, 2] = np.sin(yaw), -np.cos(yaw)
+    np.savez(
+        path,
+        expression=expression,
+        expression_names=np.array(["jawOpen", "eyeBlinkLeft", "mouthSmileLeft"]),
+        Ts_cam_head=poses,
+        eyes=rng.normal(0, 0.05, (count, 2, 3)),
+        usable=np.ones(count, bool),
+    )
+
+
 def work_of(name: str) -> Callable[[StageRun], Result]:
     """A stage's function that writes what the page reads."""
 
@@ -89,12 +130,18 @@ def work_of(name: str) -> Callable[[StageRun], Result]:
         picture(run.work / "picture.jpg")
         if name == "evaluate":
             (run.work / "metrics.json").write_text(json.dumps(METRICS))
-            picture(run.work / "curves.png")
+            picture(run.work / "mean_error.jpg")
+            (run.work / "shown").mkdir()
+            for frame in (196, 197, 198):
+                picture(run.work / shown_file(frame))
             (run.work / "comparison.mp4").write_bytes(b"video")
+        if name == "train":
+            (run.work / "log.json").write_text(json.dumps(LOG))
         if name == "fit":
             picture(run.work / "neutral.jpg")
             picture(run.work / "curves.png")
             (run.work / "overlay.mp4").write_bytes(b"video")
+            write_fit(run.work / "fit.npz")
         metrics = {}
         if name == "export":
             picture(run.work / "novel_views.jpg")
@@ -156,10 +203,61 @@ def whole(subject: Subject, config: Config) -> tuple[Page, str]:
 
 def test_a_whole_run_has_every_section(whole: tuple[Page, str]) -> None:
     page, _ = whole
-    assert page.headings() == ["comparison", "curves", "novel-views", "fit", "advice", "stages", "timings", "settings"]
+    expected = ["limits", "comparison", "held-out", "training", "coverage", "novel-views", "fit", "advice"]
+    assert page.headings() == [*expected, "stages", "timings", "settings"]
     assert [a["id"] for a in page.all("article")] == [f"stage-{name}" for name in ORDER]
     assert len(page.all("video")) == 2, "the comparison, and the fitted head over the clip"
-    assert len(page.all("img")) == len(ORDER) + 4, "every stage, two of curves, the neutral head and the novel views"
+    others = "two held-out frames, the mean error, the fit's curves, the neutral head and novel views"
+    assert len(page.all("img")) == len(ORDER) + 6, f"a picture for every stage, {others}"
+    assert all(attributes.get("alt") for attributes in page.all("img"))
+    charts = [str(attributes["aria-label"]) for attributes in page.all("svg")]
+    assert [label.partition(".")[0].partition(":")[0] for label in charts] == [
+        *("PSNR of every held-out frame", "PSNR by training step", "Loss by training step"),
+        *("Where the head turned", "Where the eyes turned in the head"),
+        *("Mouth", "Eyes", "Jaw, brows, cheeks and nose"),
+    ]
+
+
+def test_it_says_what_limited_quality_and_what_was_never_shown(whole: tuple[Page, str]) -> None:
+    page, _ = whole
+    text = " ".join(page.texts)
+    assert (
+        "42% of the squared error on held-out frames lies in the half-transparent outline, 5% of the picture." in text
+    )
+    assert "never opened the mouth beyond 0.30 of 1" in text and "never turned right" in text
+    assert re.search(r"One of the worst: frame 197, 31\.0 dB\. Nearest training frame: \d+, \d\.\d times as far", text)
+    assert "Not seen in training: jawOpen 0.90 (training: up to 0.30)." in text
+    assert "Frame 198" not in text and "999" not in text
+    assert "Half-transparent outline 42 % 5 %" in text
+
+
+def test_a_report_of_an_older_evaluation_has_what_its_files_tell(subject: Subject, config: Config) -> None:
+    table = stages()
+    bring_up_to(subject, table, "export", config)
+    older = {name: value for name, value in METRICS.items() if name not in ("error_parts", "shown", "per_frame")}
+    folder = subject.stage("evaluate")
+    (folder / "metrics.json").write_text(json.dumps(older))
+    (folder / "mean_error.jpg").unlink()
+    page, _ = page_of(subject, table, config)
+    assert "held-out" not in page.headings() and "training" in page.headings()
+    assert "42% of the squared error on held-out frames" in " ".join(page.texts)
+    (subject.stage("train") / "log.json").write_text('[{"step": "x", "loss": null}, 3]')
+    (subject.stage("fit") / "fit.npz").write_bytes(b"PK")
+    (folder / "metrics.json").write_text(json.dumps({**METRICS, "per_frame": {"frame": 3}, "shown": {}}))
+    page, _ = page_of(subject, table, config)
+    assert not {"training", "coverage"} & set(page.headings())
+
+
+def test_exports_are_listed_with_their_size(subject: Subject, config: Config) -> None:
+    folder = subject.root / "exported" / "ply"
+    folder.mkdir(parents=True)
+    (folder / "avatar.ply").write_bytes(b"x" * 2500)
+    (folder / "account.json").write_text("{}")
+    (subject.root / "exported" / "stray").mkdir()
+    table = stages()
+    bring_up_to(subject, table, "export", config)
+    page, _ = page_of(subject, table, config)
+    assert "Export ply exported/ply/ 2 kB" in " ".join(page.texts) and "stray" not in " ".join(page.texts)
 
 
 def test_the_comparison_names_split_baselines_and_reasons(whole: tuple[Page, str]) -> None:
@@ -177,7 +275,6 @@ def test_the_comparison_names_split_baselines_and_reasons(whole: tuple[Page, str
         "Mean training frame 31.9 avatar +1.5 27.0 avatar +2.0 27.7 avatar +2.8 26.0 avatar +1.5"
     )
     assert "No MS-SSIM: it needs sides of at least 161 px" in text
-    assert "42 % of the squared error lies along the outline" in text
     assert "700 instead of 2000" in text
     assert "people who agreed" in text
 
