@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import StageError
@@ -318,6 +317,7 @@ def _write_files(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int
     import numpy as np
 
     from pipeline.dataset import write_json
+    from pipeline.obj import write_obj
 
     state, frames, usable, head = fitted.state, fitted.frames, fitted.track.usable, fitted.head
     offsets = state.offsets.astype(np.float32)
@@ -366,7 +366,7 @@ def _write_files(run: StageRun, fitted: _Fitted, crops: list[tuple[int, int, int
         ],
     }
     write_json(run.work / "cameras.json", cameras)
-    _write_obj(run.work / "neutral.obj", fitted.neutral, head.faces)
+    write_obj(run.work / "neutral.obj", fitted.neutral, head.faces)
 
 
 def _first_frames(frames: FrameSet) -> NDArray[np.int64]:
@@ -537,15 +537,6 @@ def _plausibility(fitted: _Fitted) -> dict[str, float]:
         "rms_half_ranges": round(float(np.sqrt(np.mean(reach**2))), 3),
         "largest_half_ranges": round(float(reach.max()), 3),
     }
-
-
-def _write_obj(path: Path, vertices: NDArray[np.float32], faces: NDArray[np.int32]) -> None:
-    """A Wavefront OBJ, metres, faces counted from 1."""
-    from pipeline.dataset import write_atomic
-
-    lines = [f"v {x:.6f} {y:.6f} {z:.6f}" for x, y, z in vertices.tolist()]
-    lines += [f"f {a} {b} {c}" for a, b, c in (faces + 1).tolist()]
-    write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
 STAGE = Stage(

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import Tensor
-
     from pipeline.avatars import AvatarModel, Gaussians
     from pipeline.splats import Splats
     from pipeline.viewpoint import Camera
@@ -49,13 +47,11 @@ def cameras_of(avatar: AvatarModel) -> list[Camera]:
     return [shown.camera(SIZE_PX, yaw, pitch) for yaw, pitch in VIEWS_DEG]
 
 
-def loss_of(
-    pairs: Iterable[tuple[Gaussians, Splats, Tensor]], cameras: list[Camera], threads: int | None = None
-) -> Loss:
+def loss_of(pairs: Iterable[tuple[Gaussians, Gaussians]], cameras: list[Camera], threads: int | None = None) -> Loss:
     """Compare the avatar with what was read back.
 
     Args:
-        pairs: the avatar's Gaussians, those read back, and `T_cam_axes` [4,4] of the axes that these are in.
+        pairs: the avatar's Gaussians and those read back (`pipeline.export.gaussians_of`).
         cameras: each pair is looked at through all of them.
         threads: of the rasteriser.
     """
@@ -63,7 +59,6 @@ def loss_of(
     import torch
 
     from pipeline.avatars import splat
-    from pipeline.export import gaussians_of
     from pipeline.metrics import psnr
 
     def picture(gaussians: Gaussians, camera: Camera) -> np.ndarray:
@@ -72,11 +67,7 @@ def loss_of(
             shown = splat(gaussians, K, camera.width, camera.height, torch.ones(3), threads=threads, view=view)
         return np.asarray(shown.image.clamp(0, 1).numpy())
 
-    found = [
-        psnr(picture(own, camera), picture(gaussians_of(read, T_cam_axes), camera))
-        for own, read, T_cam_axes in pairs
-        for camera in cameras
-    ]
+    found = [psnr(picture(own, camera), picture(read, camera)) for own, read in pairs for camera in cameras]
     return Loss(float(np.mean(found)), min(found), len(found))
 
 
@@ -84,7 +75,9 @@ def rest_loss(avatar: AvatarModel, read: Splats, threads: int | None = None) -> 
     """Of Gaussians read back, in the head's axes, against the avatar at rest."""
     import torch
 
+    from pipeline.export import gaussians_of
+
     rest = avatar.neutral
     with torch.no_grad():
         own = avatar.gaussians(rest)
-    return loss_of([(own, read, rest.T_cam_head)], cameras_of(avatar), threads)
+    return loss_of([(own, gaussians_of(read, rest.T_cam_head))], cameras_of(avatar), threads)

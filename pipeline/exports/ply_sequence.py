@@ -40,7 +40,7 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
 
     from pipeline.api import LoadedSubject
     from pipeline.dataset import read_json, write_json
-    from pipeline.export import splats_of
+    from pipeline.export import gaussians_of, splats_of
     from pipeline.exports.loss import cameras_of, loss_of
     from pipeline.frames import evenly
     from pipeline.geometry import invert_rigid
@@ -81,8 +81,7 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
         pairs = (
             (
                 avatar.gaussians(subject.condition(entry["frame"])),
-                read_ply(folder / entry["file"]),
-                torch.from_numpy(np.array(entry["T_cam_ply"]) @ Y_DOWN).float(),
+                gaussians_of(read_ply(folder / entry["file"]), torch.from_numpy(np.array(entry["T_cam_ply"]) @ Y_DOWN)),
             )
             for entry in compared
         )
