@@ -59,7 +59,8 @@ def splats_of(gaussians: Gaussians, T_axes_cam: Tensor) -> Splats:
 def gaussians_of(splats: Splats, T_cam_axes: Tensor) -> Gaussians:
     """The other way: Gaussians to rasterise, from plain arrays and where their axes lie in the camera's."""
     arrays = (splats.means, splats.quats, splats.scales, splats.opacities, splats.sh)
-    return Gaussians(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), 3, T_cam_axes.float())
+    means, quats, scales, opacities, sh = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+    return Gaussians(means, quats, scales, opacities, sh, 3, T_cam_axes.float())
 
 
 def _turned_harmonics(sh: NDArray[np.float32], rotation: Tensor) -> NDArray[np.float32]:

@@ -121,7 +121,7 @@ class Glb:
         """
         entry = _entry(self.document, "accessors", accessor)
         view = _entry(self.document, "bufferViews", entry.get("bufferView"))
-        kind, width = _TYPES.get(entry.get("componentType")), _WIDTHS.get(entry.get("type"))
+        kind, width = _TYPES.get(entry.get("componentType", 0)), _WIDTHS.get(entry.get("type", ""))
         if kind is None or width is None or "sparse" in entry or "extensions" in view:
             raise ValueError(f"its accessor {accessor} is none of plain numbers")
         layout = np.dtype(kind)

@@ -171,7 +171,8 @@ def _read(file: zipfile.ZipFile) -> Splats:
             raise ValueError("a label lies outside its palette")
         sh[:, 1 : 1 + size] = book("shN")[palette[labels, :, :3]]
     means = np.sign(flat) * np.expm1(np.abs(flat))
-    return Splats(np.asarray(means, np.float32), _from_smaller_three(quats), scales, shades[:, 3] / np.float32(255), sh)
+    opacities = np.asarray(shades[:, 3] / 255, np.float32)
+    return Splats(np.asarray(means, np.float32), _from_smaller_three(quats), scales, opacities, sh)
 
 
 def _entry(file: zipfile.ZipFile, name: Any, most: int) -> bytes:

@@ -1,8 +1,8 @@
 """The 52 ARKit coefficients as blendshapes of their own: of the fitted head's mesh, and of the Gaussians.
 
 `mesh/`: `neutral.obj` and one OBJ for each coefficient at 1, and `head.glb`, one mesh with morph targets of those names
-and the avatar's colours at its vertices. `gaussians/`: the baked avatar at rest as `neutral.ply`, and `deltas.npz`: what
-each coefficient at 1 adds to the columns of that file.
+and the avatar's colours at its vertices. `gaussians/`: the baked avatar at rest as `neutral.ply`, and what each
+coefficient at 1 adds to the columns of that file, `deltas.npz`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Mesh(NamedTuple):
 
     vertices: NDArray[np.float32]
     """[V,3] at rest."""
-    faces: NDArray[np.uint32]
+    faces: NDArray[np.int32]
     """[F,3]."""
     shapes: NDArray[np.float32]
     """[E,V,3] what each coefficient at 1 adds."""
@@ -81,8 +81,8 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
     text = (
         f"mesh/: {len(mesh.vertices):,} vertices, {len(mesh.names)} shapes, as OBJ files and head.glb (read back: "
         f"{1e3 * error:.3g} mm off). gaussians/: {baked.count:,} Gaussians of the baked avatar, neutral.ply and "
-        f"deltas.npz; {size / 1e6:.0f} MB. {alone} Four coefficients together, deltas added up: {mixed.psnr_db:.1f} dB. "
-        f"{licence}"
+        f"deltas.npz; {size / 1e6:.0f} MB. {alone} Four coefficients together, deltas added up: {mixed.psnr_db:.1f} "
+        f"dB. {licence}"
     )
     told = {"vertices": len(mesh.vertices), "shapes": len(mesh.names), "gaussians": baked.count, "bytes": size}
     return {**told, "mesh_error_m": error, **alone.account(), "mixed_psnr_db": round(mixed.psnr_db, 2), "text": text}
@@ -129,7 +129,7 @@ def read_mesh(path: Path) -> Mesh:
             raise ValueError("its faces are no triples of vertices")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise refusal(path, error) from None
-    triples = faces.reshape(-1, 3).astype(np.uint32)
+    triples = faces.reshape(-1, 3).astype(np.int32)
     return Mesh(vertices, triples, np.array(shapes, np.float32).reshape(-1, *shape), names, colors[:, :3])
 
 
@@ -199,8 +199,7 @@ def _mesh(subject: Any, baked: AvatarModel) -> Mesh:
         posed = head.vertices(
             torch.from_numpy(clip.identity), expression, torch.zeros(1 + count, 3), eyes_of(expression, names)
         ).numpy()
-    faces = head.faces.astype(np.uint32)
-    return Mesh(posed[0], faces, posed[1:] - posed[0], names, _colors(posed[0], baked))
+    return Mesh(posed[0], head.faces, posed[1:] - posed[0], names, _colors(posed[0], baked))
 
 
 def _colors(vertices: NDArray[np.float32], avatar: AvatarModel) -> NDArray[np.float32]:

@@ -55,9 +55,8 @@ def drive(rig: dict[str, Any], coefficients: Any, pose: dict[str, Any]) -> dict[
     f = np.clip((features - rig["feature_mean"]) / rig["feature_scale"], -3, 3)
 
     # 2. Joints: head, torso, left eye, right eye, skull; with the small twist that the fit's poses lack.
-    T = np.stack(
-        [head, torso, *(head @ _turn_about(v, c) for v, c in zip(pose["eyes"], rig["eye_centres"], strict=True)), skull]
-    )
+    left, right = (head @ _turn_about(pose["eyes"][eye], rig["eye_centres"][eye]) for eye in (0, 1))
+    T = np.stack([head, torso, left, right, skull])
     twist = (rig["twist_weight"] @ f + rig["twist_bias"]) * rig["twist_units"]
     R = T[:, :3, :3] @ (np.eye(3) + _cross(twist[:, :3]))
     t = T[:, :3, 3] + np.einsum("jik,jk->ji", T[:, :3, :3], twist[:, 3:])

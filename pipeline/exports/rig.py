@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -33,7 +33,7 @@ OPTIONS = OPTION
 SCHEMA = 1
 POSES = ("T_cam_head", "T_cam_torso", "T_cam_skull", "eyes", "torso_shape")
 """Fields of `Condition` that move a rig beside its coefficients."""
-SAME_VERTEX_M = 2e-4
+SAME_VERTEX_M = 5e-4
 """Saved avatars hold their vertices in half precision."""
 PROBES = ("jawOpen", "eyeBlinkLeft", "mouthSmileLeft", "browInnerUp")
 """Beside rest the bundle is compared with each of these at 1."""
@@ -61,14 +61,14 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
     else:
         shutil.copytree(export.subject.stage("export") / "baked", folder / "baked")
     size_px = subject.clip.resolution
-    np.savez_compressed(folder / "rig.npz", **arrays)
+    np.savez_compressed(folder / "rig.npz", **cast("dict[str, Any]", arrays))
     about = {
         "schema": SCHEMA,
         "model": avatar.name,
         "form": "rigged" if rigged else "baked",
         "licence": licence,
         "head": avatar.head,
-        "axes": "x to the subject's left, y up, z out of the face, metres; T_cam_* lead from there to those of a camera, "
+        "axes": "x to the subject's left, y up, z out of the face, metres; T_cam_* lead from there to a camera's, "
         "x right, y down, z forward; quaternions wxyz",
         "expression_names": list(avatar.expression_names),
         "head_joints": ["head", "torso", "eye_left", "eye_right"],
@@ -112,30 +112,37 @@ def _rigged_arrays(avatar: RiggedAvatar, head: Arrays) -> Arrays:
     """
     from scipy.spatial import cKDTree
 
-    # The rig keeps only those vertices that something hangs on, in the order of the head's.
-    distance, vertex = cKDTree(head["head_vertices"]).query(avatar.rig_vertices.numpy())
-    corners = vertex[avatar.rig_corners.numpy()]
+    def moving(vertices: NDArray[Any], shapes: NDArray[Any]) -> NDArray[Any]:
+        """[V,3+3E]: lips and lids that touch at rest are told apart by how they move."""
+        return np.concatenate([vertices, np.moveaxis(shapes, 0, 1).reshape(len(vertices), -1)], 1)
+
+    # The rig keeps only those vertices that something hangs on.
+    weights = {name: value.float().numpy() for name, value in avatar.state_dict().items()}
+    whole = cKDTree(moving(head["head_vertices"], head["head_expression"]))
+    distance, vertex = whole.query(moving(weights["rig_vertices"], weights["rig_expression"]))
+    corners = vertex[weights["rig_corners"].astype(np.int64)]
     numbers = {tuple(face): number for number, face in enumerate(head["head_faces"].tolist())}
     triangle = np.array([numbers.get(tuple(face), -1) for face in corners.tolist()], np.int32)
     if distance.max() > SAME_VERTEX_M or (triangle < 0).any():
         raise StageError(
             "The trained avatar hangs on another head than the fit's.", "bring both up to date with: headcast rerun"
         )
-    first, second = avatar.driver[0], avatar.driver[2]
-    tensors = {
-        **{name: getattr(avatar, name) for name in ("means", "quats", "log_scales", "opacity_logits", "colors")},
-        "skinning": avatar.joint_weights(),
-        "follow": avatar.follow,
-        "follow_share": avatar.rig_follow,
-        "bary": avatar.rig_bary,
-        "eye_centres": avatar.rig_eye_centres,
-        **{name: getattr(avatar, name) for name in ("feature_mean", "feature_scale", "shape_scale")},
-        **{name: getattr(avatar, name) for name in ("basis", "torso_basis", "units", "twist_units")},
-        **{"twist_weight": avatar.twist.weight, "twist_bias": avatar.twist.bias},
-        **{"driver_weight_0": first.weight, "driver_bias_0": first.bias},
-        **{"driver_weight_1": second.weight, "driver_bias_1": second.bias},
+    return {
+        **{name: weights[name] for name in ("means", "quats", "log_scales", "opacity_logits", "colors")},
+        "triangle": triangle,
+        "bary": weights["rig_bary"],
+        "follow": avatar.follow.numpy(),
+        "follow_share": weights["rig_follow"],
+        "skinning": avatar.joint_weights().detach().numpy(),
+        "eye_centres": weights["rig_eye_centres"],
+        **{name: weights[name] for name in ("feature_mean", "feature_scale", "shape_scale", "basis", "torso_basis")},
+        "units": avatar.units.numpy(),
+        "twist_units": avatar.twist_units.numpy(),
+        "twist_weight": weights["twist.weight"],
+        "twist_bias": weights["twist.bias"],
+        **{f"driver_weight_{i}": weights[f"driver.{2 * i}.weight"] for i in (0, 1)},
+        **{f"driver_bias_{i}": weights[f"driver.{2 * i}.bias"] for i in (0, 1)},
     }
-    return {"triangle": triangle, **{name: value.detach().float().numpy() for name, value in tensors.items()}}
 
 
 def probes(avatar: AvatarModel, names: tuple[str, ...] = PROBES) -> list[Condition]:
@@ -160,16 +167,16 @@ def _loss(export: Export, avatar: AvatarModel, folder: Path) -> Loss:
     from pipeline.exports import drive
     from pipeline.exports.loss import cameras_of, loss_of
 
-    baked = load_avatar(folder / "baked") if (folder / "baked").is_dir() else None
-    rig = None if baked else drive.load(folder)
-
-    def read(condition: Condition) -> Gaussians:
-        if baked:
-            return baked.gaussians(condition)
+    def driven(condition: Condition) -> Gaussians:
         pose = {name: getattr(condition, name).double().numpy() for name in POSES}
         found = drive.drive(rig, condition.expression.double().numpy(), pose)
-        return Gaussians(*(torch.from_numpy(value).float() for value in found.values()))
+        means, quats, scales, opacities, colors = (torch.from_numpy(value).float() for value in found.values())
+        return Gaussians(means, quats, scales, opacities, colors)
 
+    if (folder / "baked").is_dir():
+        read = load_avatar(folder / "baked").gaussians
+    else:
+        rig, read = drive.load(folder), driven
     with torch.no_grad():
         pairs = [(avatar.gaussians(condition), read(condition)) for condition in probes(avatar)]
     return loss_of(pairs, cameras_of(avatar), export.threads)
