@@ -21,7 +21,13 @@ from pipeline.source import register_source
 
 FRAMES, FPS = 24, Fraction(30000, 1001)
 TONE_BEGINS = 0.4
-INPUTS = {"decode": ("source",), "matte": ("decode",), "fit": ("decode",), "train": ("decode", "fit")}
+INPUTS = {
+    "decode": ("source",),
+    "matte": ("decode",),
+    "fit": ("decode",),
+    "train": ("decode", "fit"),
+    "export": ("decode", "fit", "train"),
+}
 
 
 def write_dataset(root: Path) -> Dataset:

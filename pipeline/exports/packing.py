@@ -138,9 +138,7 @@ def _with_fewer_shapes(arrays: dict[str, Tensor], share: float) -> dict[str, Ten
 
 def _arrays(weights: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
     """The file's arrays of an avatar's."""
-    arrays = {
-        name: (value.half() if name in HALF else value).contiguous().numpy() for name, value in weights.items()
-    }
+    arrays = {name: (value.half() if name in HALF else value).contiguous().numpy() for name, value in weights.items()}
     means = arrays.pop("means").astype(np.float64)
     low, step = means.min(1), np.maximum(np.ptp(means, axis=1), 1e-6) / 65535
     arrays["grid_means"] = ((means - low[:, None]) / step[:, None]).round().clip(0, 65535).astype(np.uint16)

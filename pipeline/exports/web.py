@@ -73,9 +73,9 @@ def _read(export: Export) -> tuple[BakedAvatar, Performance]:
     import numpy as np
     import torch
 
+    from pipeline.api import LoadedSubject
     from pipeline.avatars import DESCRIPTION, Condition, conditions_of, load_avatar
     from pipeline.avatars.baked import BakedAvatar
-    from pipeline.api import LoadedSubject
     from pipeline.exports.packing import Performance
 
     subject = export.subject
