@@ -80,7 +80,7 @@ function buildSliders(player) {
   };
   const addRow = (group, label, name, min, max, read, write) => {
     const row = make("label", { className: "row", title: name });
-    const slider = make("input", { type: "range", min, max, step: (max - min) / 200 });
+    const slider = make("input", { type: "range", min, max, step: (max - min) / 200, ariaLabel: inWords(name) });
     const output = make("output", {});
     row.append(make("span", { textContent: label }), slider, output);
     group.append(row);
@@ -91,7 +91,7 @@ function buildSliders(player) {
   const head = addGroup("Head");
   let angles = new Float64Array(3);
   HEAD_DEGREES.forEach(([label, most], axis) =>
-    addRow(head, label, `head ${label.toLowerCase()}, degrees`, -most, most, () => angles[axis], (value) => {
+    addRow(head, label, `head${label}, degrees`, -most, most, () => angles[axis], (value) => {
       angles[axis] = value;
       setHeadAngles(angles);
     }),

@@ -153,7 +153,7 @@ def test_sliders_clip_and_keys(exported: Path, chromium: browser.Chromium) -> No
         page.locator(READY).wait_for()
         assert page.evaluate("player.driver") == "sliders"  # nothing moves unasked
         before = page.locator("#view").screenshot()
-        page.get_by_label("Open", exact=True).fill("0.9")
+        page.get_by_label("Jaw open").fill("0.9")
         assert page.evaluate(jaw) == pytest.approx(0.9)
         page.wait_for_timeout(100)
         assert page.locator("#view").screenshot() != before
