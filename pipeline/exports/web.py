@@ -108,11 +108,9 @@ def loss_db(avatar: BakedAvatar, performance: Performance, packed: Packed, expor
     camera = before.camera()
     worst = float("inf")
     for frame in evenly(len(packed.performance.times), LOSS_FRAMES):
-        shown = [
-            of.render(conditions.frame(frame), camera=camera)
-            for of, conditions in ((before, performance.conditions), (after, packed.performance.conditions))
-        ]
-        worst = min(worst, psnr(*(picture / 255 for picture in shown)))
+        wanted = before.render(performance.conditions.frame(frame), camera=camera) / 255
+        got = after.render(packed.performance.conditions.frame(frame), camera=camera) / 255
+        worst = min(worst, psnr(wanted, got))
     return worst
 
 
@@ -125,6 +123,7 @@ def write_page(folder: Path, title: str, assets: dict[str, bytes]) -> None:
         assets: name -> bytes of the files that the page reads.
     """
     import jinja2
+    import markupsafe
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(SOURCES), autoescape=True, undefined=jinja2.StrictUndefined
@@ -143,8 +142,8 @@ def write_page(folder: Path, title: str, assets: dict[str, bytes]) -> None:
         assets=list(assets),
         single=True,
         policy=POLICY.format(scripts=_hash(script), styles=_hash(style)),
-        style=jinja2.utils.markupsafe.Markup(style),
-        script=jinja2.utils.markupsafe.Markup(script),
+        style=markupsafe.Markup(style),
+        script=markupsafe.Markup(script),
         embedded={name: base64.b64encode(data).decode() for name, data in assets.items()},
     )
     (folder / SINGLE).write_text(text)
