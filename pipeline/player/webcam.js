@@ -41,9 +41,9 @@ export async function start(player, onDrive) {
 function follow(player, onDrive, mine, { stream, tracker, video, follower }) {
   const controls = showControls(video, follower);
   mine.cleanups.push(() => controls.remove());
-  const end = (text) => {
+  const end = async (text) => {
     if (mine.ended) return;
-    stop();
+    await player.use(null); // which stops this driver
     player.say(text);
   };
   const send = async () => {
