@@ -250,16 +250,18 @@ def confidence_file(index: int) -> str:
 
 
 def save_image(path: Path, image: NDArray[np.uint8], quality: int = 95) -> None:
-    """Write an 8-bit image [H, W, 3] RGB or [H, W] grey by temporary file and rename, JPEG or PNG by the name's ending.
+    """Write an 8-bit image by temporary file and rename, JPEG or PNG by the name's ending.
 
-    JPEG keeps full colour resolution (4:4:4). Nothing is flushed to disk: a stage does that once, before publication.
+    Grey is [H, W], RGB [H, W, 3], RGB with straight alpha [H, W, 4] (PNG only). JPEG keeps full colour
+    resolution (4:4:4). Nothing is flushed to disk: a stage does that once, before publication.
 
     Raises:
         OSError: the file cannot be written.
     """
     import cv2
 
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
+    swapped = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
+    bgr = cv2.cvtColor(image, swapped[image.shape[2]]) if image.ndim == 3 else image
     options = (
         [cv2.IMWRITE_PNG_COMPRESSION, 3]
         if path.suffix == ".png"

@@ -29,7 +29,7 @@ BOTTOM_BAND, OTHER_BAND = 0.08, 0.03
 """Shares of the crop's side over which the avatar fades at its lower edge, and at the others."""
 SEEN_SHARE = (1, 99)
 """Percentiles of the angles that count as seen: single frames teach nothing."""
-HOLDS_DEG = 15
+HOLDS_DEG = 10
 """How far beyond the angles seen views were found to hold (docs/render.md)."""
 
 

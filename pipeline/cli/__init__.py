@@ -20,6 +20,7 @@ from pipeline.cli.compare import Compare
 from pipeline.cli.doctor import Doctor
 from pipeline.cli.export import Export
 from pipeline.cli.reenact import Reenact
+from pipeline.cli.render import Render
 from pipeline.cli.run import Demo, Rerun, Run
 from pipeline.cli.service import Cancel, Queue, Serve, Submit
 from pipeline.cli.status import Page, Status
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., Common]] = {
     "demo": Demo,
     "view": View,
     "reenact": Reenact,
+    "render": Render,
     "export": Export,
     "compare": Compare,
     "bench": Bench,
