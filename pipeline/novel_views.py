@@ -77,8 +77,9 @@ def seen_text(seen: dict[str, list[float]]) -> str:
     (left, right), (below, above) = seen["yaw"], seen["pitch"]
     return (
         f"The clip shows this head over {right - left:.0f} degrees from side to side and {above - below:.0f} up and "
-        f"down. Views beyond are guesses: up to some {HOLDS_DEG} degrees farther they hold, then holes open before the "
-        "ears and under the chin, and the back of the head was never there. Turn the head in the clip to widen this."
+        f"down. Views beyond are guesses: some {HOLDS_DEG} degrees farther they hold, from below half of that, then "
+        "holes open before the ears and under the chin; the back of the head was never there. A clip in which the head "
+        "turns farther widens this."
     )
 
 

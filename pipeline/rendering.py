@@ -51,7 +51,7 @@ FOLDER = "renders"
 ENDINGS = {"png": ".png", "frames": "", "mp4": ".mp4", "webm": ".webm"}
 MIN_SIDE, MAX_SIDE, MAX_FRAMES = 16, 4096, 20_000
 SECONDS, FPS, SIZE = 4.0, 30.0, (512, 512)
-YAW, PITCH = 10.0, 5.0
+YAW, PITCH = 10.0, 4.0
 """Degrees that an orbit goes to either side, up and down: as far as most avatars hold (docs/render.md)."""
 ROOM = 0.9
 """Zoom of a camera that goes round: room for what comes in from the sides."""

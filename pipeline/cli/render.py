@@ -36,7 +36,7 @@ class Render(Common):
     yaw: Annotated[float | None, tyro.conf.arg(metavar="DEGREES")] = None
     """To the subject's left; 10 for orbit, 360 for turntable, 0 for front."""
     pitch: Annotated[float | None, tyro.conf.arg(metavar="DEGREES")] = None
-    """Upwards; 5 for orbit, 0 otherwise."""
+    """Upwards; 4 for orbit, 0 otherwise."""
     zoom: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
     """How many times nearer than where the head fills the picture."""
     seconds: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
