@@ -29,11 +29,12 @@ class Bench(Common):
     faults: stages, runs, worker and server are killed at random moments, and the same command is given again until all
     is done; what was lost, torn or different in the end, exit code 1 if anything was; some minutes. orchestration: what
     Prefect costs per stage, batches and submissions of 20, how long a killed worker's subject waits, status and the
-    nightly's decision on 10 to --subjects finished subjects.
+    nightly's decision on 10 to --subjects finished subjects. view: how fast headcast view makes
+    pictures of a subject in --data, named in place of a video; some seconds.
     """
 
     what: tyro.conf.Positional[
-        Literal["raster", "run", "matte", "avatars", "ablation", "status", "faults", "orchestration"]
+        Literal["raster", "run", "matte", "avatars", "ablation", "status", "faults", "orchestration", "view"]
     ] = "raster"
     """What to measure."""
     videos: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -45,7 +46,7 @@ class Bench(Common):
     set: Settings = ()
     """For avatars and ablation: a setting of every run, as in headcast run."""
     threads: int | None = None
-    """For raster: threads of everything; by default as many as torch takes."""
+    """For raster: threads of everything; by default as many as torch takes. For view: of the rasteriser."""
     peak_gflops: float = 456.0
     """For raster: float32 arithmetic per second that the limit supposes, in 1e9 (default: two AMD Zen 5 cores)."""
 
@@ -97,6 +98,13 @@ class Bench(Common):
 
             document = bench_status.bench(STAGES, self.subjects, report=default_reporter().message)
             return document, bench_status.table(document), 0
+        if self.what == "view":
+            if len(self.videos) != 1:
+                raise UserError("bench view wants one subject.", "headcast bench view SUBJECT")
+            from pipeline import bench_view
+
+            document = bench_view.bench(self.data, str(self.videos[0]), self.threads, default_reporter().message)
+            return document, bench_view.table(document), 0
         from pipeline import bench_avatars, bench_matte, bench_run
         from pipeline.assets import SAMPLE_CLIP, asset_path, ensure_assets
         from pipeline.config import AVATARS, Config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ HEAD_SLIDERS = {
 }
 GAZE_SLIDERS = {"Look down": ("pitch", 20.0), "Look left": ("yaw", 25.0)}
 _NO_MARKS: tuple[float, ...] = ()
+_REST = Pose()
 
 
 class Controls:
@@ -83,7 +84,7 @@ class Controls:
     def _add_clip(self) -> None:
         gui, last = self._gui, len(self._subject) - 1
         first_held_out = min(self._held_out, default=None)
-        marks = None if first_held_out is None else ((0, "0"), (first_held_out, "held out from here"), (last, ""))
+        marks = _NO_MARKS if first_held_out is None else ((first_held_out, "held out"),)
         self._frame = gui.add_slider("Frame", 0, max(last, 1), 1, 0, marks=marks)
         self._about_frame = gui.add_html("")
         self._play = gui.add_button("Play", icon="player-play", hint="Play the clip from this frame on")
@@ -110,7 +111,7 @@ class Controls:
         )
         self._presets.on_update(self._choose)
         self._reset = gui.add_button("Reset all", icon="rotate", hint="Face, eyes and head at rest")
-        self._reset.on_click(lambda event: self._set({}, Pose()))
+        self._reset.on_click(lambda event: self.put({}))
         self._within = gui.add_checkbox(
             "Keep to what the clip showed",
             True,
@@ -261,12 +262,12 @@ class Controls:
     def _choose(self, event: Any) -> None:
         if event.client is not None:
             _, pose = self._sliders()
-            self._set(PRESETS[self._presets.value], pose)
+            self.put(PRESETS[self._presets.value], pose)
 
     def _take(self, frame: int) -> None:
-        self._set(*taken_over(self._subject, self._painter.full, frame))
+        self.put(*taken_over(self._subject, self._painter.full, frame))
 
-    def _set(self, expression: dict[str, float], pose: Pose) -> None:
+    def put(self, expression: Mapping[str, float], pose: Pose = _REST) -> None:
         """Put the sliders where these are, and have them drive."""
         for name, handle in self._coefficients.items():
             handle.value = float(np.clip(expression.get(name, 0.0), 0, 1))
@@ -308,8 +309,8 @@ class Controls:
             kind = "<b>held out</b>: training never saw it"
         else:
             kind = "training saw it"
-        seconds = float(self._subject.clip.times[frame] - self._subject.clip.times[0])
-        self._about_frame.content = _lines(f"{frame + 1} of {len(self._subject)} · {seconds:.2f} s · {kind}")
+        times = self._subject.clip.times - self._subject.clip.times[0]
+        self._about_frame.content = _lines(f"{times[frame]:.2f} of {times[-1]:.2f} s · {kind}")
         names = [html.escape(name) for name in self.eased]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         self._about_face.content = _lines(f"Eased: {', '.join(names[:3])}{more}") if names else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from pipeline.clip import load_crops
 from pipeline.dataset import Subject
 from pipeline.errors import HeadcastError
 from pipeline.geometry import project_points, transform_points
-from pipeline.mesh_render import interpolate, lambert, rasterize_mesh, vertex_normals
+from pipeline.mesh_render import lambert, rasterize_mesh, vertex_normals
 from pipeline.products import Sources
 from pipeline.viewer.scene import Scene, fitted
 from pipeline.viewpoint import Camera
@@ -35,15 +35,8 @@ POINT_OPACITY = 0.1
 CLAY = np.array([222, 205, 190], np.float32)
 EDGES, LANDMARKS = (64, 156, 255), (255, 196, 0)
 JPEG_QUALITY = 90
-
-
-class _Mesh(NamedTuple):
-    """The fitted head of one condition, in the clip's world."""
-
-    vertices: Floats
-    """[V,3]."""
-    landmarks: Floats
-    """[L,3]."""
+FILM_SIDE, FILM_BYTES = 512, 300_000_000
+"""Pixels of the clip's frames that are shown beside, at most, and memory for those that were shown."""
 
 
 @dataclass
@@ -61,7 +54,7 @@ class Painter:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._posed: tuple[Any, Condition, Gaussians] | None = None
-        self._film: tuple[int, Picture, Picture] | None = None
+        self._film: dict[int, tuple[Picture, Picture]] = {}
 
     @staticmethod
     def of(subject: Subject, threads: int) -> Painter:
@@ -73,8 +66,8 @@ class Painter:
         """
         loaded = LoadedSubject(subject)
         side = max(crop[2] for crop in loaded.clip.crops)
-        if side > loaded.clip.resolution:
-            loaded = LoadedSubject(subject, min(side, 1024))
+        if min(side, FILM_SIDE) > loaded.clip.resolution:
+            loaded = LoadedSubject(subject, min(side, FILM_SIDE))
         painter = Painter(loaded, threads)
         _ = painter.full
         return painter
@@ -139,15 +132,26 @@ class Painter:
             HeadcastError: what the scene shows cannot be had.
         """
         with self._lock, torch.no_grad():
-            clip_camera = self.subject.camera(scene.frame)
             width, height = camera.width, camera.height
             if not scene.beside:
-                return self._avatar(scene, fitted(clip_camera, width, height) if scene.locked else camera, transparent)
+                return self._seen(scene, camera, width, height, transparent)
             left = max(1, width // 2)
             right = max(1, width - left)
-            looking = fitted(clip_camera, right, height) if scene.locked else camera.resized(right, height)
-            pair = (self._frame(scene, left, height, transparent), self._avatar(scene, looking, transparent))
+            pair = (
+                self._frame(scene, left, height, transparent),
+                self._seen(scene, camera, right, height, transparent),
+            )
             return np.concatenate(pair, 1)[:, :width]
+
+    def _seen(self, scene: Scene, camera: Camera, width: int, height: int, transparent: bool) -> Picture:
+        """The avatar through the camera, or through the clip's own, cut off where the clip's frames were."""
+        if not scene.locked:
+            return self._avatar(scene, camera.resized(width, height), transparent)
+        inside = _square(width, height)
+        looking = fitted(self.subject.camera(scene.frame), width, height)
+        picture = _ground(scene, width, height, transparent)
+        picture[inside] = self._avatar(scene, looking, transparent)[inside]
+        return picture
 
     def _pose(self, scene: Scene) -> tuple[Condition, Gaussians]:
         key = (scene.baked, scene.drive, *((scene.frame,) if scene.drive == "clip" else (scene.expression, scene.pose)))
@@ -160,7 +164,7 @@ class Painter:
     def _avatar(self, scene: Scene, camera: Camera, transparent: bool) -> Picture:
         condition, gaussians = self._pose(scene)
         if scene.show == "mesh":
-            picture = self._shaded(self._mesh(condition), camera, scene, transparent)
+            picture = self._shaded(condition, camera, scene, transparent)
         else:
             if scene.show == "points":
                 gaussians = _as_points(gaussians)
@@ -170,25 +174,23 @@ class Painter:
             picture = picture_of(shown, transparent)
         return self._overlaid(picture, scene, condition, camera)
 
-    def _mesh(self, condition: Condition) -> _Mesh:
+    def _mesh(self, condition: Condition) -> Floats:
+        """[V,3] the fitted head's vertices, in the clip's world."""
         one = (value[None] for value in (condition.expression, condition.neck, condition.eyes))
-        vertices = self.head.vertices(torch.zeros(0), *one)
-        T_cam_head = condition.T_cam_head.double().numpy()
-        world, landmarks = (
-            transform_points(T_cam_head, points[0].double().numpy())
-            for points in (vertices, self.head.landmarks(vertices))
-        )
-        return _Mesh(world, landmarks)
+        vertices = self.head.vertices(torch.zeros(0), *one)[0].double().numpy()
+        return np.asarray(transform_points(condition.T_cam_head.double().numpy(), vertices))
 
-    def _shaded(self, mesh: _Mesh, camera: Camera, scene: Scene, transparent: bool) -> Picture:
-        vertices = transform_points(camera.T_cam_world, mesh.vertices)
-        raster = rasterize_mesh(vertices, self.head.faces, camera.K, camera.width, camera.height)
-        light = lambert(vertex_normals(vertices, self.head.faces))[:, None]
-        seen = raster.face_index >= 0
-        clay = np.clip(interpolate(raster, self.head.faces, light) * CLAY, 0, 255).astype(np.uint8)
-        if transparent:
-            return np.dstack([clay, np.where(seen, 255, 0).astype(np.uint8)])
-        return np.where(seen[..., None], clay, np.array(scene.background, np.uint8))
+    def _shaded(self, condition: Condition, camera: Camera, scene: Scene, transparent: bool) -> Picture:
+        vertices, faces = transform_points(camera.T_cam_world, self._mesh(condition)), self.head.faces
+        raster = rasterize_mesh(vertices, faces, camera.K, camera.width, camera.height)
+        seen = np.flatnonzero(raster.face_index >= 0)
+        corners = lambert(vertex_normals(vertices, faces))[faces[raster.face_index.reshape(-1)[seen]]]
+        light = np.einsum("nc,nc->n", corners, raster.bary.reshape(-1, 3)[seen])
+        picture = _ground(scene, camera.width, camera.height, transparent)
+        clay = np.empty((len(seen), picture.shape[2]), np.uint8)
+        clay[:, :3], clay[:, 3:] = np.clip(light[:, None] * CLAY, 0, 255), 255
+        picture.reshape(-1, picture.shape[2])[seen] = clay
+        return picture
 
     def _overlaid(self, picture: Picture, scene: Scene, condition: Condition, camera: Camera) -> Picture:
         """With mesh edges or landmarks drawn over it."""
@@ -196,13 +198,13 @@ class Painter:
             return picture
         import cv2
 
-        picture, mesh = np.ascontiguousarray(picture), self._mesh(condition)
+        picture = np.ascontiguousarray(picture)
+        vertices = transform_points(camera.T_cam_world, self._mesh(condition))
         if scene.overlay == "landmarks":
-            points = transform_points(camera.T_cam_world, mesh.landmarks)
+            points = self.head.landmarks(torch.from_numpy(vertices)[None])[0].numpy()
             for x, y in _sixteenths(project_points(points[points[:, 2] > 0], camera.K)):
                 cv2.circle(picture, (int(x), int(y)), 20, (*LANDMARKS, 255), -1, cv2.LINE_AA, 4)
             return picture
-        vertices = transform_points(camera.T_cam_world, mesh.vertices)
         corners = vertices[self.head.faces]
         normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         towards = (np.einsum("fi,fi->f", normals, corners[:, 0]) < 0) & (corners[..., 2] > 0).all(1)
@@ -210,29 +212,46 @@ class Painter:
         drawn = cv2.polylines(picture.copy(), list(lines), False, (*EDGES, 255), 1, cv2.LINE_AA, 4)
         return np.asarray(cv2.addWeighted(drawn, 0.45, picture, 0.55, 0), np.uint8)
 
+    def _crop(self, frame: int) -> tuple[Picture, Picture]:
+        """A frame's matted crop over white and its alpha, kept as far as memory for it goes."""
+        found = self._film.pop(frame, None)
+        if found is None:
+            crops = load_crops(self.subject.clip, [frame])
+            found = crops.images[0], crops.alphas[0]
+        self._film[frame] = found
+        if len(self._film) * found[0].nbytes > FILM_BYTES:
+            del self._film[next(iter(self._film))]
+        return found
+
     def _frame(self, scene: Scene, width: int, height: int, transparent: bool) -> Picture:
         """The clip's frame, matted, over the scene's background."""
         import cv2
 
         camera = fitted(self.subject.camera(scene.frame), width, height)
-        if self._film is None or self._film[0] != scene.frame:
-            crops = load_crops(self.subject.clip, [scene.frame])
-            self._film = (scene.frame, crops.images[0], crops.alphas[0])
-        _, image, alpha = self._film
-        share = 1 - alpha[..., None].astype(np.float32) / 255
+        inside, side = _square(width, height), min(width, height)
+        image, alpha = (cv2.resize(a, (side, side), interpolation=cv2.INTER_AREA) for a in self._crop(scene.frame))
         # It is over white; over another colour it is what white leaves out.
-        over = image - share * (255 - np.array([0.0] * 3 if transparent else scene.background, np.float32))
+        lacking = 255 - np.array([0, 0, 0] if transparent else scene.background, np.uint16)
+        over = image - np.minimum(image, (255 - alpha)[..., None].astype(np.uint16) * lacking // 255).astype(np.uint8)
         if transparent:
-            over = np.dstack([over / np.maximum(1 - share, 1e-6), alpha])
-        scale = camera.K[0, 0] / self.subject.camera(scene.frame).K[0, 0]
-        side = max(1, round(scale * self.subject.clip.resolution))
-        small = cv2.resize(over.clip(0, 255).astype(np.uint8), (side, side), interpolation=cv2.INTER_AREA)
-        behind = [0] * 4 if transparent else scene.background
-        picture = np.broadcast_to(np.array(behind, np.uint8), (height, width, len(behind))).copy()
-        side_x, side_y = min(side, width), min(side, height)
-        left, top = (width - side_x) // 2, (height - side_y) // 2
-        picture[top : top + side_y, left : left + side_x] = small[:side_y, :side_x]
+            straight = np.minimum(255, over.astype(np.uint16) * 255 // np.maximum(alpha, 1)[..., None])
+            over = np.dstack([straight.astype(np.uint8), alpha])
+        picture = _ground(scene, width, height, transparent)
+        picture[inside] = over
         return self._overlaid(picture, scene, self.subject.condition(scene.frame), camera)
+
+
+def _square(width: int, height: int) -> tuple[slice, slice]:
+    """Rows and columns of a picture that a clip's square crop takes when all of it is shown."""
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return slice(top, top + side), slice(left, left + side)
+
+
+def _ground(scene: Scene, width: int, height: int, transparent: bool) -> Picture:
+    """Nothing but the background."""
+    colour = [0] * 4 if transparent else list(scene.background)
+    return np.broadcast_to(np.array(colour, np.uint8), (height, width, len(colour))).copy()
 
 
 def _as_points(gaussians: Gaussians) -> Gaussians:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.dataset import Dataset
 from pipeline.errors import UserError
 from pipeline.rasterize.cpu import warm_up
@@ -67,7 +69,7 @@ def served(
     if threads is not None and threads < 1:
         raise UserError(f"--threads is {threads}.", "give at least 1")
     found = Dataset(data).existing(subject)
-    with contextlib.closing(listen(host, port, f"headcast view {subject} --port")) as listening:
+    with contextlib.closing(listen(host, port, f"headcast view {subject} --port")) as listening, one_tensor_thread():
         painter = Painter.of(found, threads or usable_cores())
         warm_up(report)
         bound = int(listening.getsockname()[1])
@@ -115,6 +117,17 @@ def view(
         if at.page.failure is not None:
             raise at.page.failure
         return {"schema": 1, "subject": subject, "url": at.url, "pictures": at.page.pictures}
+
+
+@contextlib.contextmanager
+def one_tensor_thread() -> Iterator[None]:
+    """Have tensors worked on in one thread each: they are small, and on busy cores a second one only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def ssh_line(at: Served) -> str:
