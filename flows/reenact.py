@@ -1,4 +1,4 @@
-"""The reenact flow: one subject's avatar driven by another subject, as a video."""
+"""The reenact flow: one subject's avatar driven by another subject, a video or a table, as a video."""
 
 from __future__ import annotations
 
@@ -14,25 +14,31 @@ from prefect import flow  # noqa: E402  the environment must be set first
 from prefect.runtime import flow_run  # noqa: E402
 
 from flows.steps import attempt  # noqa: E402
+from flows.subject import subject_flow  # noqa: E402
+from pipeline.drivers import driver_name  # noqa: E402
 from pipeline.progress import default_reporter  # noqa: E402
-from pipeline.reenact import ReenactRequest, check_reenact, reenact  # noqa: E402
+from pipeline.reenact import ReenactRequest, check_reenact, driver_run, reenact  # noqa: E402
 from pipeline.run import stop_signals  # noqa: E402
 
 
 def _run_name() -> str:
     request: ReenactRequest = flow_run.parameters["request"]
-    return f"reenact-{request.avatar}-by-{request.drive}"
+    return f"reenact-{request.avatar}-by-{driver_name(request.drive)}"
 
 
 @flow(name="reenact", flow_run_name=_run_name)
 def reenact_flow(request: ReenactRequest) -> dict[str, Any]:
-    """Drive an avatar with a subject and write the video. Returns its account.
+    """Drive an avatar and write the video. Returns its account.
 
-    Neither subject is locked: finished stages are only read.
+    A driver's video is made a fitted subject first, by the subject flow. After that no subject is locked: finished
+    stages are only read.
 
     Raises:
         HeadcastError: the request is at fault, or a subject's files are.
     """
+    run = driver_run(request)
+    if run is not None:
+        subject_flow(run)
     return dict(attempt("reenact", check_and_reenact, request))
 
 

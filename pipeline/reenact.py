@@ -1,16 +1,11 @@
-"""Driving one subject's avatar with another subject's performance: the request, its checks, the video and its account.
+"""Driving one subject's avatar with another's performance: the request, its checks, the video and its account.
 
-`pipeline.retarget` says what is carried over. Finished stages appear by rename, so none of the two subjects is locked:
-their keys are compared before and after they were read.
+`pipeline.drivers` says who can drive, `pipeline.retarget` what is carried over, `pipeline.products` how it is kept.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,21 +15,30 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipeline import __version__
-from pipeline.dataset import Dataset, Subject, canonical_json, fsync_tree, read_json, sha256_file, write_json
-from pipeline.errors import Interrupted, StageError, SubjectBusy, UserError
+from pipeline.dataset import Dataset, Subject, read_json, sha256_file, write_json
+from pipeline.drivers import (
+    TABLE_SUFFIXES,
+    Driver,
+    SubjectDriver,
+    TableDriver,
+    driver_name,
+    find_driver,
+    run_for_driver,
+)
+from pipeline.errors import Interrupted, StageError, UserError
+from pipeline.products import Product, Sources, place_for
 from pipeline.progress import Reporter, SilentReporter
-from pipeline.run import usable_cores
-from pipeline.stage import read_manifest
+from pipeline.run import RunRequest, usable_cores
+from pipeline.sound import check_sound, read_sound
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.avatars import AvatarModel
     from pipeline.clip import Clip
-    from pipeline.frames import FrameSet
+    from pipeline.evaluation import ClipRenderer
+    from pipeline.retarget import Performance
 
-SCHEMA = 1
 VERSION = 1
 """Raise it when the same request would give another video."""
 FOLDER = "reenact"
@@ -54,9 +58,9 @@ class ReenactRequest(BaseModel):
     avatar: str
     """The subject whose avatar is driven."""
     drive: str
-    """The subject who drives it."""
+    """The subject who drives it, or a video of a person, or a CSV file of ARKit coefficients."""
     first_frame: int | None = Field(None, ge=0)
-    """First frame of the driver, as numbered by its decode stage; by default its first."""
+    """First frame of the driver, as numbered by its decode stage, or row of its table from 0; by default its first."""
     last_frame: int | None = Field(None, ge=0)
     """Last frame of the driver, inclusive; by default its last."""
     resolution: int | None = Field(None, ge=MIN_RESOLUTION, le=MAX_RESOLUTION)
@@ -65,8 +69,16 @@ class ReenactRequest(BaseModel):
     """white, black, grey, green, or six hexadecimal digits RRGGBB."""
     overshoot: float = Field(1.0, ge=0, le=10)
     """How far the driver may take the avatar beyond what its clip showed: 0 not at all, 1 as far as looks right."""
+    neutral_frame: int | None = Field(None, ge=0)
+    """A frame in which the driver is at rest; by default rest is what the driver's low values and mean pose show."""
+    fps: float | None = Field(None, ge=1, le=240)
+    """Rows a second of a CSV file, whatever its times say; needed where it has none."""
+    sound: Path | None = None
+    """A file whose sound goes with the driver's first frame, instead of the driver's own."""
     beside: bool = False
     """Show the driver's frame at the left of the avatar."""
+    metrics: bool = False
+    """Track the video again and say how well it does what was asked."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to render."""
     threads: int = Field(default_factory=usable_cores, ge=1)
@@ -94,10 +106,6 @@ class ReenactRequest(BaseModel):
         digits = COLOURS.get(self.background, self.background).removeprefix("#")
         return tuple(byte / 255 for byte in bytes.fromhex(digits))
 
-    def target(self) -> Path:
-        """The video's path."""
-        return self.out or self.data / self.avatar / FOLDER / f"{self.drive}.mp4"
-
 
 def request_of(**fields: Any) -> ReenactRequest:
     """A request from what was typed.
@@ -122,114 +130,116 @@ class Plan:
     """A request found good, with what it means.
 
     Attributes:
-        keys: of the stages that are read, by subject's part and stage.
-        clips: the clip that the avatar was made from, at the picture's resolution, and the driver's.
-        frames: the driver's decoded frames.
+        avatar: the subject who is shown.
+        clip: the clip that the avatar was made from, at the picture's resolution.
+        driver: who drives.
         span: first and last frame of the driver, inclusive.
-        out: the video's path; its account lies beside it with the ending `.json`.
+        product: the video, and what it is made of.
     """
 
     request: ReenactRequest
     avatar: Subject
-    drive: Subject
-    keys: dict[str, dict[str, str]]
-    clips: tuple[Clip, Clip]
-    frames: FrameSet
+    clip: Clip
+    driver: Driver
     span: tuple[int, int]
-    out: Path
+    product: Product
 
     @property
-    def account(self) -> Path:
-        """The document beside the video."""
-        return self.out.with_suffix(".json")
-
-    def settings(self) -> dict[str, Any]:
-        """All that the video depends on beside the two subjects."""
-        return {
-            "first_frame": self.span[0],
-            "last_frame": self.span[1],
-            "resolution": self.clips[0].resolution,
-            "background": [round(255 * value) for value in self.request.colour()],
-            "overshoot": self.request.overshoot,
-            "beside": self.request.beside,
-        }
-
-    def key(self) -> str:
-        """64 hex digits; equal keys mean equal videos."""
-        parts = {"version": VERSION, "keys": self.keys, "settings": self.settings()}
-        return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+    def out(self) -> Path:
+        """The video's path."""
+        return self.product.path
 
     def finished(self) -> dict[str, Any] | None:
-        """The account of this very video where it is there and undamaged."""
-        try:
-            account = json.loads(self.account.read_bytes())
-            same = account["schema"] == SCHEMA and account["key"] == self.key()
-            return account if same and sha256_file(self.out) == account["sha256"] else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def check_unchanged(self) -> None:
-        """Refuse to go on with files of which it is not known what they were made from.
-
-        Raises:
-            SubjectBusy: a stage of either subject was replaced since the plan was made.
-        """
-        for part, subject in (("avatar", self.avatar), ("drive", self.drive)):
-            for stage, key in self.keys[part].items():
-                if (read_manifest(subject.stage(stage)) or {}).get("key") != key:
-                    raise SubjectBusy(
-                        f"Stage '{stage}' of '{subject.name}' was replaced while it was read.",
-                        "run the same command again once that subject's run has ended",
-                    )
+        """The account of this very video where nothing of it is left to do."""
+        account = self.product.finished()
+        return None if account and self.request.metrics and "metrics" not in account else account
 
 
 def check_reenact(request: ReenactRequest) -> Plan:
     """Check a request against the dataset. Reads only.
 
     Raises:
-        UserError: a subject, a frame range or the output is at fault.
+        UserError: a subject, a file, a frame range or the output is at fault.
         StageError: a subject's files are damaged or do not belong together.
         SubjectBusy: a subject was worked on while it was read.
     """
     from pipeline.avatars import DESCRIPTION
     from pipeline.clip import load_clip
-    from pipeline.frames import FrameSet
     from pipeline.retarget import check_names
 
-    dataset = Dataset(request.data)
-    avatar, drive = dataset.existing(request.avatar), dataset.existing(request.drive)
-    keys = {"avatar": _keys(avatar, AVATAR_STAGES), "drive": _keys(drive, DRIVE_STAGES)}
+    avatar, path = avatar_and_place(request)
+    drive = find_driver(request.drive, Dataset(request.data))
+    if isinstance(drive, Path) and not _is_table(drive):
+        run = run_for_driver(drive, request.data, request.device, request.threads)
+        if run.videos:
+            raise UserError(f"'{drive}' is not tracked yet.", f"run: headcast run {drive} --to fit")
+        drive = run.target()
+    if request.fps is not None and isinstance(drive, Subject):
+        raise UserError("--fps says how many rows a second a CSV file has.", "leave it out: a video has its own rate")
+    parts = {"avatar": (avatar, AVATAR_STAGES)} | (
+        {"drive": (drive, DRIVE_STAGES)} if isinstance(drive, Subject) else {}
+    )
+    sources = Sources.of(**parts)
     names, trained_at = _trained(avatar.stage("train") / DESCRIPTION)
-    clips = load_clip(avatar, request.resolution or trained_at), load_clip(drive, trained_at)
-    for clip in clips:
-        check_names(clip.expression_names, names)
-    frames = FrameSet.load(drive.stage("decode"))
-    plan = Plan(request, avatar, drive, keys, clips, frames, _span(request, clips[1]), _checked_target(request))
-    plan.check_unchanged()
-    if plan.out.exists() and not request.force and plan.finished() is None:
-        raise UserError(f"'{plan.out}' is there already.", "give --force to replace it, or name another with --out")
-    return plan
+    clip = load_clip(avatar, request.resolution or trained_at)
+    check_names(clip.expression_names, names)
+    driver = SubjectDriver.of(drive, trained_at) if isinstance(drive, Subject) else TableDriver.of(drive, request.fps)
+    driver.performance(names)
+    span = _checked_span(request, driver)
+    if request.beside and driver.picture(span[0], clip.resolution) is None:
+        raise UserError(f"There is no picture of '{driver.name}' to show beside.", "leave --beside out")
+    settings = _settings(request, driver, span, clip.resolution)
+    product = Product(path, sources, settings, VERSION, force=request.force)
+    sources.check_unchanged()
+    product.check_free()
+    return Plan(request, avatar, clip, driver, span, product)
 
 
-def _keys(subject: Subject, stages: tuple[str, ...]) -> dict[str, str]:
-    """The keys of a subject's finished stages, which belong together."""
-    lacking = "no trained avatar" if "train" in stages else "no fit to drive with"
-    manifests = {stage: read_manifest(subject.stage(stage)) for stage in stages}
-    for stage, manifest in manifests.items():
-        if manifest is None or "key" not in manifest:
-            raise UserError(
-                f"Subject '{subject.name}' has {lacking}: stage '{stage}' is not finished.",
-                f"finish it with: headcast rerun {subject.name}",
-            )
-    digests = {stage: (manifest or {}).get("digest") for stage, manifest in manifests.items()}
-    for stage, manifest in manifests.items():
-        for used, digest in ((manifest or {}).get("inputs") or {}).items():
-            if digests.get(used, digest) != digest:
-                raise UserError(
-                    f"Stage '{stage}' of '{subject.name}' was made from another '{used}' than is there now.",
-                    f"bring it up to date with: headcast rerun {subject.name}",
-                )
-    return {stage: str((manifest or {})["key"]) for stage, manifest in manifests.items()}
+def driver_run(request: ReenactRequest) -> RunRequest | None:
+    """The run that has to come first where a video drives: up to its fit. None where none does.
+
+    Raises:
+        UserError: the avatar, the output or the video is at fault; all that can be told before the run.
+    """
+    avatar, _ = avatar_and_place(request)
+    drive = find_driver(request.drive, Dataset(request.data))
+    if isinstance(drive, Subject) or _is_table(drive):
+        return None
+    Sources.of(avatar=(avatar, AVATAR_STAGES))
+    return run_for_driver(drive, request.data, request.device, request.threads)
+
+
+def avatar_and_place(request: ReenactRequest) -> tuple[Subject, Path]:
+    """Whose avatar, and the video's path.
+
+    Raises:
+        UserError: there is no such subject, or nothing can be written there.
+    """
+    avatar = Dataset(request.data).existing(request.avatar)
+    return avatar, place_for(avatar, FOLDER, f"{driver_name(request.drive)}.mp4", request.out, ".mp4")
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
+def _settings(request: ReenactRequest, driver: Driver, span: tuple[int, int], resolution: int) -> dict[str, Any]:
+    """All that the video depends on beside its subjects."""
+    settings = {
+        "first_frame": span[0],
+        "last_frame": span[1],
+        "resolution": resolution,
+        "background": [round(255 * value) for value in request.colour()],
+        "overshoot": request.overshoot,
+        "beside": request.beside,
+        **driver.settings,
+    }
+    if request.neutral_frame is not None:
+        settings["neutral_frame"] = request.neutral_frame
+    if request.sound is not None:
+        check_sound(request.sound)
+        settings["sound"] = sha256_file(request.sound)
+    return settings
 
 
 def _trained(path: Path) -> tuple[list[str], int]:
@@ -250,39 +260,26 @@ def _trained(path: Path) -> tuple[list[str], int]:
     return names, resolution
 
 
-def _span(request: ReenactRequest, drive: Clip) -> tuple[int, int]:
+def _checked_span(request: ReenactRequest, driver: Driver) -> tuple[int, int]:
     """First and last frame of the driver."""
+    count = len(driver.times)
     first = 0 if request.first_frame is None else request.first_frame
-    last = len(drive) - 1 if request.last_frame is None else request.last_frame
-    if not first <= last < len(drive):
+    last = count - 1 if request.last_frame is None else request.last_frame
+    if not first <= last < count:
         raise UserError(
-            f"Frames {first} to {last} of '{request.drive}' are not all there: it has frames 0 to {len(drive) - 1}.",
+            f"Frames {first} to {last} of '{driver.name}' are not all there: it has frames 0 to {count - 1}.",
             "choose others with --first-frame and --last-frame",
         )
-    if not drive.usable[first : last + 1].any():
+    if not driver.usable[first : last + 1].any():
         raise UserError(
-            f"None of the frames {first} to {last} of '{request.drive}' can be used: the face is not seen.",
+            f"None of the frames {first} to {last} of '{driver.name}' can be used: the face is not seen.",
             "choose others with --first-frame and --last-frame; its report shows which can",
         )
+    rest = request.neutral_frame
+    if rest is not None and not (rest < count and driver.usable[rest]):
+        why = "the face is not seen in it" if rest < count else f"it has frames 0 to {count - 1}"
+        raise UserError(f"Frame {rest} of '{driver.name}' cannot be its rest: {why}.", "choose another --neutral-frame")
     return first, last
-
-
-def _checked_target(request: ReenactRequest) -> Path:
-    """The video's path, which lies in the dataset's place for it or where the user said."""
-    out = request.target()
-    root, place = request.data.resolve(), (request.data / request.avatar).resolve() / FOLDER
-    if request.out is None and out.parent.resolve() != place:
-        raise UserError(f"'{out.parent}' is a link; nothing is written through it.", "remove it, or name a path: --out")
-    if out.suffix.lower() != ".mp4":
-        raise UserError(f"'{out}' does not end in .mp4.", "name an .mp4 file")
-    if out.is_dir() or (request.out is not None and not out.parent.is_dir()):
-        wrong = "is a folder" if out.is_dir() else f"cannot be written: there is no folder '{out.parent}'"
-        raise UserError(f"'{out}' {wrong}.", "name a file in a folder that is there")
-    if out.parent.resolve().is_relative_to(root) and out.parent.resolve().name != FOLDER:
-        raise UserError(
-            f"'{out}' lies among the dataset's own files.", f"leave --out away, or name a path outside '{request.data}'"
-        )
-    return out
 
 
 def reenact(
@@ -294,31 +291,22 @@ def reenact(
         UserError: the avatar cannot be read, or the device is not there.
         StageError: the disk is full, or the video cannot be written.
         SubjectBusy: a subject was worked on meanwhile.
-        Interrupted: a stop was asked for; nothing is left behind.
+        Interrupted: a stop was asked for; no half video is left behind.
     """
-    reporter, request, out = reporter or SilentReporter(), plan.request, plan.out
-    finished = None if request.force else plan.finished()
-    if finished is not None:
-        reporter.message(f"{out}: fresh, left as it is")
-        return finished
+    reporter, product = reporter or SilentReporter(), plan.product
+    account = None if plan.request.force else product.finished()
+    if account is not None and plan.finished() is not None:
+        reporter.message(f"{plan.out}: fresh, left as it is")
+        return account
     scene = Scene.of(plan, reporter)
-    plan.check_unchanged()
-    try:
-        out.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as folder:
-            video = Path(folder) / out.name
-            account = _write(plan, scene, video, reporter, stop_requested)
-            if request.beside:
-                plan.check_unchanged()  # the driver's frames were read all the while
-            write_json(Path(folder) / plan.account.name, account)
-            fsync_tree(Path(folder))
-            # An account without its video is not fresh, a video without its account is in the way.
-            os.replace(Path(folder) / plan.account.name, plan.account)
-            os.replace(video, out)
-    except OSError as error:
-        raise StageError(
-            f"'{out}' could not be written: {error.strerror or error}.", "free some space or name another place: --out"
-        ) from error
+    if account is None:
+        account = product.make(lambda video: _write(plan, scene, video, reporter, stop_requested))
+    if plan.request.metrics and "metrics" not in account:
+        from pipeline.retracking import measure, metrics_text
+
+        metrics = measure(plan, scene, reporter, stop_requested)
+        account |= {"metrics": metrics, "text": f"{account['text']} {metrics_text(metrics)}"}
+        write_json(product.account, account)
     reporter.message(account["text"])
     return account
 
@@ -332,16 +320,20 @@ class Scene:
         fps: frames a second, the driver's own rate.
         shown: [n] number of the driver's frame that is seen at that time.
         held: [n] whether no usable frame of the driver is near.
+        own: what the avatar's own clip shows.
+        wanted: [n,D] what was asked of the avatar, in the columns of `own`, before it was eased to the limits.
         limits: `pipeline.retarget.limits_hit`.
-        renderer: what draws the frames, a `pipeline.evaluation.ClipRenderer`.
+        renderer: what draws the frames, and for which camera.
     """
 
     ticks: NDArray[np.float64]
     fps: Fraction
     shown: NDArray[np.int64]
     held: NDArray[np.bool_]
+    own: Performance
+    wanted: NDArray[np.float64]
     limits: dict[str, dict[str, Any]]
-    renderer: Any
+    renderer: ClipRenderer
 
     @staticmethod
     def of(plan: Plan, reporter: Reporter) -> Scene:
@@ -358,22 +350,25 @@ class Scene:
         # As in training: torch's own threads only wait for each other at this size.
         torch.set_num_threads(1)
         compile_kernels(device, reporter.message)
-        own, driver = (Performance.of(clip) for clip in plan.clips)
-        times, fps = plan.frames.times, plan.frames.fps
+        own, driver = Performance.of(plan.clip), plan.driver.performance(plan.clip.expression_names)
+        if plan.request.neutral_frame is not None:
+            driver = driver.resting_at(plan.request.neutral_frame)
+        times, fps = plan.driver.times, plan.driver.fps
         first, last = plan.span
         ticks = times[first] + np.arange(round((times[last] - times[first]) * fps) + 1) / float(fps)
-        values, held = driver.at(ticks, times, plan.frames.shots)
+        values, held = driver.at(ticks, times, plan.driver.shots)
         done = transfer(values, driver, own, plan.request.overshoot)
-        camera = int(np.bincount(plan.clips[0].cameras[plan.clips[0].usable]).argmax())
+        camera = int(np.bincount(plan.clip.cameras[plan.clip.usable]).argmax())
         conditions = conditions_for(avatar, done.values, own, camera)
-        filmed = ClipRenderer.of(avatar, plan.clips[0], plan.request.threads, device)
+        filmed = ClipRenderer.of(avatar, plan.clip, plan.request.threads, device)
         cameras = np.full(len(ticks), camera)
         renderer = ClipRenderer(
             avatar, conditions, filmed.Ks, cameras, filmed.resolution, plan.request.threads, filmed.inside
         )
         # Times in frames.json are rounded.
         shown = np.searchsorted(times, ticks + 0.25 / float(fps), side="right") - 1
-        return Scene(ticks, fps, shown.clip(first, last), held, limits_hit(done, own), renderer)
+        limits = limits_hit(done, own)
+        return Scene(ticks, fps, shown.clip(first, last), held, own, done.wanted, limits, renderer)
 
     def __len__(self) -> int:
         return len(self.ticks)
@@ -383,21 +378,6 @@ class Scene:
         picture = self.renderer.render(tick)
         over = picture.image + (1 - picture.alpha[..., None]) * (np.array(colour, np.float32) - 1)
         return np.asarray(over.clip(0, 1) * 255 + 0.5, np.uint8)
-
-
-def driver_picture(plan: Plan, frame: int) -> NDArray[np.uint8]:
-    """[R,R,3] a frame of the driver, cut as its training crop is; white beyond the frame's edge."""
-    import cv2
-
-    drive, side = plan.clips[1], plan.clips[0].resolution
-    x0, y0, size = drive.crops[drive.cameras[frame]]
-    image = plan.frames.picture(frame)
-    height, width = image.shape[:2]
-    canvas = np.full((size, size, 3), 255, np.uint8)
-    left, top, right, bottom = max(x0, 0), max(y0, 0), min(x0 + size, width), min(y0 + size, height)
-    canvas[top - y0 : bottom - y0, left - x0 : right - x0] = image[top:bottom, left:right]
-    how = cv2.INTER_AREA if size >= side else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(canvas, (side, side), interpolation=how), np.uint8)
 
 
 def _write(
@@ -415,66 +395,37 @@ def _write(
                     raise Interrupted("Stopped as asked; nothing was written.")
                 picture = scene.picture(tick, colour)
                 if plan.request.beside:
-                    picture = np.concatenate([driver_picture(plan, int(scene.shown[tick])), picture], 1)
+                    beside = plan.driver.picture(int(scene.shown[tick]), plan.clip.resolution)
+                    picture = np.concatenate([beside, picture], 1)
                 yield picture
                 task.advance()
 
-    sound = _sound(plan, scene, reporter)
+    seconds = float(len(scene) / scene.fps)
+    sound = _sound(plan, scene, seconds, reporter)
     write_video(video, pictures(), scene.fps, sound=sound)
-    side = plan.clips[0].resolution
+    side = plan.clip.resolution
     account = {
-        "schema": SCHEMA,
-        "headcast": __version__,
-        "key": plan.key(),
         "avatar": plan.avatar.name,
-        "drive": plan.drive.name,
+        "drive": plan.driver.name,
         "video": plan.out.name,
-        "sha256": sha256_file(video),
         "size": [side * (2 if plan.request.beside else 1), side],
         "frames": len(scene),
         "fps": str(scene.fps),
-        "seconds": round(float(len(scene) / scene.fps), 6),
+        "seconds": round(seconds, 6),
         "held_frames": int(scene.held.sum()),
         "sound": sound is not None,
         "limits": scene.limits,
-        "settings": plan.settings(),
-        "keys": plan.keys,
+        "notes": list(plan.driver.notes),
     }
     return account | {"text": verdict_text(account)}
 
 
-def _sound(plan: Plan, scene: Scene, reporter: Reporter) -> Iterator[NDArray[np.int16]] | None:
-    """The driver's sound of the whole video; None where none of its clips has any."""
-    from pipeline.sound import has_sound, read_sound
-    from pipeline.source import source_paths
-
-    chosen = np.unique(plan.frames.clips[plan.span[0] : plan.span[1] + 1])
-    try:
-        paths = [source_paths(plan.drive)[clip] for clip in chosen]
-        heard = [has_sound(path) for path in paths]
-    except (UserError, IndexError) as error:
-        reporter.message(f"The sound of '{plan.drive.name}' cannot be had: {error}")
-        return None
-    if not any(heard):
-        return None
+def _sound(plan: Plan, scene: Scene, seconds: float, reporter: Reporter) -> Iterator[NDArray[np.int16]] | None:
+    """The sound of the whole video: of the file that was named, else the driver's own; None where there is none."""
     begin = float(scene.ticks[0])
-    end = begin + float(len(scene) / scene.fps)
-    starts = [_clip_start(plan.frames, int(clip)) for clip in chosen]
-    # A clip's sound ends where the next clip begins.
-    edges = [begin, *starts[1:], end]
-
-    def pieces() -> Iterator[NDArray[np.int16]]:
-        for path, start, since, until in zip(paths, starts, edges[:-1], edges[1:], strict=True):
-            yield from read_sound(path, since - start, until - since)
-
-    return pieces()
-
-
-def _clip_start(frames: FrameSet, clip: int) -> float:
-    """When a clip's first picture is shown; exact where that picture was kept or the rate is constant."""
-    first = int(np.flatnonzero(frames.clips == clip)[0])
-    fps = Fraction((frames.record.get("clips") or [{}] * (clip + 1))[clip].get("fps", str(frames.fps)))
-    return float(frames.times[first] - frames.source_frames[first] / fps)
+    if plan.request.sound is not None:
+        return read_sound(plan.request.sound, begin - float(plan.driver.times[0]), seconds)
+    return plan.driver.sound(plan.span, begin, seconds, reporter)
 
 
 def verdict_text(account: dict[str, Any]) -> str:
@@ -484,7 +435,7 @@ def verdict_text(account: dict[str, Any]) -> str:
     text = (
         f"{account['drive']} drives {account['avatar']}: {counted(account['frames'], 'frame')}, "
         f"{account['seconds']:.1f} s at {float(Fraction(account['fps'])):.5g} a second, "
-        f"{'with its sound' if account['sound'] else 'no sound'}."
+        f"{'with sound' if account['sound'] else 'no sound'}."
     )
     if account["held_frames"]:
         text += f" In {counted(account['held_frames'], 'frame')} the driver's face is not seen; the last pose is held."
@@ -493,4 +444,4 @@ def verdict_text(account: dict[str, Any]) -> str:
         worst = [f"{name} in {counted(row['frames'], 'frame')}" for name, row in list(limits.items())[:3]]
         more = f" and {len(limits) - len(worst)} more" if len(limits) > len(worst) else ""
         text += f" What the avatar's clip never showed is guessed, and eased: {', '.join(worst)}{more}."
-    return text
+    return " ".join([text, *account["notes"]])

@@ -7,7 +7,7 @@ neutral to the avatar's own; what goes beyond all that the avatar's clip showed 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,13 +18,17 @@ from pipeline.avatars import AvatarModel, Condition
 from pipeline.avatars.rig import with_predicted_torso
 from pipeline.clip import Clip
 from pipeline.errors import UserError
+from pipeline.gaze import eyes_of
 from pipeline.geometry import make_rigid, matrix_to_rotvec, rotvec_to_matrix
+from pipeline.heads import EXPRESSIONS
 from pipeline.torso import mean_pose
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+    from pipeline.coefficients import Coefficients
 
     Floats = NDArray[np.float64]
 
@@ -87,16 +91,60 @@ class Performance:
         moves = clip.Ts_cam_head[:, :3, 3] - Ts_cam_rest[clip.cameras][:, :3, 3]
         expression, eyes = clip.expression.astype(np.float64), clip.eyes[..., :2].reshape(-1, 4).astype(np.float64)
         values = np.concatenate([expression, eyes, matrix_to_rotvec(departures), moves], 1)
-        seen = values[clip.usable]
+        return Performance._of_values((*clip.expression_names, *EYES, *TURN, *MOVE), values, clip.usable, Ts_cam_rest)
+
+    @staticmethod
+    def _of_values(
+        names: tuple[str, ...], values: Floats, usable: NDArray[np.bool_], Ts_cam_rest: Floats
+    ) -> Performance:
+        """With the neutral and the range that usable rows show; turns and moves are from the mean pose already."""
+        seen, expressions = values[usable], len(names) - len((*EYES, *TURN, *MOVE))
         neutral = np.concatenate(
             [
-                np.percentile(seen[:, : expression.shape[1]], NEUTRAL_PERCENTILE, 0),
-                np.median(seen[:, expression.shape[1] :][:, : len(EYES)], 0),
+                np.percentile(seen[:, :expressions], NEUTRAL_PERCENTILE, 0),
+                np.median(seen[:, expressions:][:, : len(EYES)], 0),
                 np.zeros(len(TURN) + len(MOVE)),
             ]
         )
-        names = (*clip.expression_names, *EYES, *TURN, *MOVE)
-        return Performance(names, values, clip.usable, neutral, seen.min(0), seen.max(0), Ts_cam_rest)
+        return Performance(names, values, usable, neutral, seen.min(0), seen.max(0), Ts_cam_rest)
+
+    @staticmethod
+    def of_table(table: Coefficients, names: Sequence[str]) -> Performance:
+        """The performance of a table of coefficients; what it has no column for stays at rest.
+
+        Args:
+            table: as read from a file.
+            names: the avatar's expression names.
+
+        Raises:
+            UserError: the table has an expression that the avatar does not know.
+        """
+        columns = (*names, *EYES, *TURN, *MOVE)
+        check_names((*columns, *table.names), columns)
+        values = np.zeros((len(table), len(columns)))
+        for name in table.names:
+            values[:, columns.index(name)] = table.values[:, table.names.index(name)]
+        expression, eyes, turns = (slice(len(names)), slice(len(names), len(names) + 4), slice(-6, -3))
+        if not set(EYES) & set(table.names):
+            turned = eyes_of(torch.from_numpy(values[:, expression]), names) if set(EXPRESSIONS) <= set(names) else None
+            values[:, eyes] = 0 if turned is None else turned[..., :2].reshape(-1, 4).numpy()
+        seen = values[table.usable]
+        T_rest = mean_pose(
+            make_rigid(rotvec_to_matrix(seen[:, turns]), seen[:, -3:]), np.full(len(seen), 1 / len(seen))
+        )
+        values[:, turns] = matrix_to_rotvec(T_rest[:3, :3].T @ rotvec_to_matrix(values[:, turns]))
+        values[:, -3:] -= T_rest[:3, 3]
+        return Performance._of_values(columns, values, table.usable, T_rest[None])
+
+    def resting_at(self, frame: int) -> Performance:
+        """The same performance, at rest in this frame instead of in its low percentiles and mean pose."""
+        turns, moves = slice(-6, -3), slice(-3, None)
+        values = self.values.copy()
+        R_rest = rotvec_to_matrix(values[frame, turns])
+        values[:, turns] = matrix_to_rotvec(R_rest.T @ rotvec_to_matrix(values[:, turns]))
+        values[:, moves] -= values[frame, moves]
+        seen = values[self.usable]
+        return replace(self, values=values, neutral=values[frame], low=seen.min(0), high=seen.max(0))
 
     def at(self, ticks: Floats, times: Floats, shots: NDArray[np.int64]) -> tuple[Floats, NDArray[np.bool_]]:
         """Values [n,D] at any times, and which of them [n] only hold a frame because none is near.

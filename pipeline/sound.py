@@ -1,4 +1,4 @@
-"""The sound of a video, in step with its pictures: 48 kHz stereo, to be written beside other pictures."""
+"""The sound of a video, in step with its pictures, or of a file with sound alone: 48 kHz stereo, for other pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import UserError
 from pipeline.video import SOUND_RATE, first_frame, open_container
 
 PIECE_SAMPLES = SOUND_RATE // 10
@@ -17,23 +18,34 @@ JITTER_SAMPLES = SOUND_RATE // 20
 
 
 def has_sound(path: Path) -> bool:
-    """Whether a video has a sound track; a folder of images has none.
+    """Whether a file has a sound track; a folder of images has none.
 
     Raises:
-        UserError: there is no such file, or it is no video.
+        UserError: there is no such file, or it holds neither pictures nor sound.
     """
     if path.is_dir():
         return False
-    with open_container(path) as container:
+    with open_container(path, sound_is_enough=True) as container:
         return bool(container.streams.audio)
+
+
+def check_sound(path: Path) -> None:
+    """Refuse a file without sound.
+
+    Raises:
+        UserError: there is no such file, or it has none.
+    """
+    if not has_sound(path):
+        raise UserError(f"'{path}' has no sound.", "name a file with sound, such as a .wav, .m4a or .mp4")
 
 
 def read_sound(path: Path, start: float, seconds: float) -> Iterator[NDArray[np.int16]]:
     """The sound of a span of a video as pieces [n, 2] that add up to its length exactly; silence where there is none.
 
     Args:
-        path: a video, or a folder of images, which is silent.
-        start: seconds from the first picture, the time that `read_frames` gives a frame; it may lie before it.
+        path: a video, a file with sound alone, or a folder of images, which is silent.
+        start: seconds from the first picture, the time that `read_frames` gives a frame; it may lie before it. Sound
+            alone starts at 0.
         seconds: length of the span.
 
     Raises:
@@ -63,10 +75,11 @@ def _decoded(path: Path, start: float) -> Iterator[tuple[int, NDArray[np.int16]]
     """Resampled pieces [n, 2] of the whole track, each with the number of its first sample counted from `start`."""
     import av
 
-    with open_container(path) as container:
+    with open_container(path, sound_is_enough=True) as container:
         # A first picture without a time stamp is at 0, as `read_frames` has it.
-        origin = (first_frame(container, path).time or 0.0) + start
-    with open_container(path) as container:
+        first = first_frame(container, path).time if container.streams.video else 0.0
+        origin = (first or 0.0) + start
+    with open_container(path, sound_is_enough=True) as container:
         stream = container.streams.audio[0]
         resampler, after = av.AudioResampler("s16", "stereo", SOUND_RATE), None
         packets, packet = container.demux(stream), None

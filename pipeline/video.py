@@ -576,8 +576,13 @@ def _with_alpha(data: bytes) -> NDArray[np.uint8] | None:
         return None
 
 
-def open_container(path: Path) -> Any:
-    """An opened container with a video stream. Only plain files: a playlist cannot make it open a connection."""
+def open_container(path: Path, *, sound_is_enough: bool = False) -> Any:
+    """An opened container with a video stream, or with one of either kind. Only plain files: a playlist cannot make it
+    open a connection.
+
+    Raises:
+        UserError: there is no such file, or it is none of this kind.
+    """
     import av
 
     if not path.exists():
@@ -595,7 +600,7 @@ def open_container(path: Path) -> Any:
             f"'{path}' is not a video that can be read ({error.strerror or error}).",
             "name a video file such as .mp4, .mov or .webm; if it is one, it may be cut off: copy or record it again",
         ) from None
-    if not container.streams.video:
+    if not container.streams.video and not (sound_is_enough and container.streams.audio):
         container.close()
         raise UserError(f"'{path}' holds no pictures, only sound or text.", "name a video file")
     return container

@@ -1,9 +1,10 @@
-"""`headcast reenact`: one subject's avatar driven by another subject."""
+"""`headcast reenact`: one subject's avatar driven by another subject, by a video or by a table of coefficients."""
 
 from __future__ import annotations
 
+import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,18 +15,19 @@ from pipeline.cli.common import Answer, Common, start_flow
 
 @dataclass(frozen=True)
 class Reenact(Common):
-    """Drive a subject's avatar with another subject's performance: a video, and its account as JSON beside it.
+    """Drive a subject's avatar with another's performance: a video, and its account as JSON beside it.
 
     Expression, gaze, and the turns and moves of the head are carried over from neutral to neutral; the driver's sound
-    is kept. Both people must have agreed to it.
+    is kept. A driver's video is tracked and fitted first, as headcast run VIDEO --to fit does. Both people must have
+    agreed to it.
     """
 
     avatar: Annotated[str, tyro.conf.arg(metavar="SUBJECT")] = tyro.MISSING
     """The subject whose avatar is driven; trained."""
-    drive: Annotated[str, tyro.conf.arg(metavar="SUBJECT")] = tyro.MISSING
-    """The subject who drives it; fitted, an avatar is not needed."""
+    drive: Annotated[str, tyro.conf.arg(metavar="SUBJECT|VIDEO|CSV")] = tyro.MISSING
+    """Who drives it: a fitted subject, a video, or ARKit coefficients, from Live Link Face or as in docs/reenact.md."""
     first_frame: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """First frame of the driver, as numbered in its report; by default its first."""
+    """First frame of the driver, as numbered in its report, or row of its table from 0; by default its first."""
     last_frame: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Last frame of the driver, inclusive; by default its last."""
     resolution: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
@@ -36,6 +38,14 @@ class Reenact(Common):
     """How far the driver may take the avatar beyond what its clip showed: 0 not at all, 1 as far as looks right."""
     beside: bool = False
     """Show the driver's frame at the left of the avatar."""
+    metrics: bool = False
+    """Track the video again, and say how well it does what was asked and whom it shows; takes about as long again."""
+    neutral_frame: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """A frame in which the driver is at rest; by default told by low values and the mean pose."""
+    fps: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    """Rows a second of a CSV file, whatever its times say; needed where it has none."""
+    sound: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A file whose sound goes with the driver's first frame, instead of the driver's own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to render; auto takes a GPU where there is one."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -44,28 +54,30 @@ class Reenact(Common):
     """Replace a video that is there, also one that is fresh."""
 
     def answer(self) -> Answer:
-        from pipeline.reenact import check_reenact, request_of
+        from pipeline.reenact import avatar_and_place, check_reenact, driver_run, request_of
+        from pipeline.run import nothing_to_do
+        from stages import STAGES
 
-        request = request_of(
-            data=self.data,
-            avatar=self.avatar,
-            drive=self.drive,
-            first_frame=self.first_frame,
-            last_frame=self.last_frame,
-            resolution=self.resolution,
-            background=self.background,
-            overshoot=self.overshoot,
-            beside=self.beside,
-            device=self.device,
-            out=self.out,
-            force=self.force,
-        )
-        plan = check_reenact(request)
-        account = None if request.force else plan.finished()
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        request = request_of(**{name: value for name, value in options.items() if name not in ("json", "verbose")})
+        run = driver_run(request)
+        _, out = avatar_and_place(request)
+        account = None
+        if run is None or nothing_to_do(run, STAGES) is not None:
+            plan = check_reenact(request)
+            account = None if request.force else plan.finished()
         if account is None:
             from flows.reenact import reenact_flow
 
             account = start_flow(reenact_flow, request)
         else:
-            sys.stderr.write(f"{plan.out}: fresh, nothing to do.\n")
-        return account, str(plan.out), 0
+            sys.stderr.write(f"{out}: fresh, nothing to do.\n")
+        return account, str(out), 0
+
+    def resume_command(self) -> str:
+        words = ["headcast", "reenact"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        return shlex.join(words)

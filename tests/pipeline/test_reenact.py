@@ -21,7 +21,7 @@ from pipeline.dataset import Dataset
 from pipeline.errors import HeadcastError, Interrupted, StageError, SubjectBusy, UserError
 from pipeline.metrics import psnr
 from pipeline.progress import SilentReporter
-from pipeline.reenact import Plan, ReenactRequest, Scene, check_reenact, driver_picture, reenact, request_of
+from pipeline.reenact import Plan, ReenactRequest, Scene, check_reenact, reenact, request_of
 from pipeline.sound import read_sound
 from pipeline.source import register_source
 
@@ -46,6 +46,12 @@ def pictures(path: Path) -> list[NDArray[np.uint8]]:
         return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
 
 
+def picture_of(plan: Plan, frame: int) -> NDArray[np.uint8]:
+    picture = plan.driver.picture(frame, plan.clip.resolution)
+    assert picture is not None
+    return picture
+
+
 def left_over(dataset: Dataset) -> list[str]:
     folder = dataset.root / "anna" / "reenact"
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -60,8 +66,8 @@ def test_her_double_drives_her_as_her_own_clip_does(dataset: Dataset) -> None:
     plan = plan_of(dataset)
     account = reenact(plan)
     avatar = load_avatar(plan.avatar.stage("train"))
-    filmed = ClipRenderer.of(avatar, plan.clips[0], threads=1)
-    truth = conditions_of(plan.clips[0])
+    filmed = ClipRenderer.of(avatar, plan.clip, threads=1)
+    truth = conditions_of(plan.clip)
     own = ClipRenderer(
         avatar, with_predicted_torso(avatar, truth), filmed.Ks, filmed.cameras, filmed.resolution, 1, filmed.inside
     )
@@ -199,13 +205,13 @@ def test_background_resolution_and_the_driver_beside(dataset: Dataset) -> None:
     assert picture.shape == (96, 192, 3)
     assert account["size"] == [192, 96]
     np.testing.assert_allclose(picture[2, -3].astype(int), [0x20, 0x40, 0x60], atol=6)
-    np.testing.assert_allclose(picture[:, :96].mean((0, 1)), driver_picture(plan, 0).mean((0, 1)), atol=6)
+    np.testing.assert_allclose(picture[:, :96].mean((0, 1)), picture_of(plan, 0).mean((0, 1)), atol=6)
 
 
 def test_a_drivers_frame_is_cut_as_its_crop_is(dataset: Dataset) -> None:
     change_fit(dataset.subject("bert"), crops=np.tile([-8.0, 16.0, 64.0], (FRAMES, 1)))
     plan = plan_of(dataset)
-    picture, frame = driver_picture(plan, 3), plan.frames.image(3)
+    picture, frame = picture_of(plan, 3), plan.driver.frames.image(3)
     np.testing.assert_array_equal(picture[:48, 8:], frame[16:, :56])
     assert (picture[:, :8] == 255).all()
     assert (picture[48:] == 255).all()
