@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -26,6 +26,12 @@ class Section(BaseModel):
     """Settings of one stage: frozen, checked, no unknown fields; the text under a field is its help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    beside: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change nothing of what the stage writes."""
+
+    def keyed(self) -> dict[str, Any]:
+        """Plain data of all that the stage's files depend on."""
+        return self.model_dump(exclude=set(self.beside))
 
 
 class DecodeConfig(Section):
@@ -210,6 +216,7 @@ class GaussianHeadConfig(Section):
 class TrainConfig(Section):
     """The Gaussian avatar."""
 
+    beside = frozenset({"tensorboard"})
     avatar: Avatar = "rigged"
     """The avatar model; `--avatar` sets it with the numbers that the preset has for it."""
     resolution: int = Field(256, ge=32, le=2048)
@@ -236,6 +243,8 @@ class TrainConfig(Section):
     """The numbers of the avatar models `gaussianhead` and `gaussianhead-plus`."""
     seed: int = 0
     """Seed of every random choice."""
+    tensorboard: bool = True
+    """Keep event files for TensorBoard beside the stages, in `tensorboard/`; what is trained does not depend on it."""
 
 
 class EvaluateConfig(Section):

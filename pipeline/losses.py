@@ -21,6 +21,7 @@ from pipeline.rasterize.team import counters, done, doubles, floats, integer, ke
 
 RADIUS = 5
 C1, C2 = 0.01**2, 0.03**2
+L1_WEIGHT, SSIM_WEIGHT = 0.8, 0.2
 
 INLINED_SOURCES = "bfa23c98c280a9bd"
 """As in `pipeline.rasterize.kernels`."""
@@ -34,8 +35,8 @@ def photometric_loss(
     image: Tensor,  # [H,W,C]
     target: Tensor,  # [H,W,C]
     *,
-    l1: float = 0.8,
-    ssim: float = 0.2,
+    l1: float = L1_WEIGHT,
+    ssim: float = SSIM_WEIGHT,
     weight: Tensor | None = None,  # [H,W]
     backend: Literal["auto", "cpu", "reference"] = "auto",
     threads: int | None = None,

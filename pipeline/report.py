@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from pipeline import __version__
+from pipeline import __version__, tensorboard
 from pipeline.advice import advise, stage_arrays
 from pipeline.charts import Chart, Level, Line, Mark, chart
 from pipeline.config import Config, differences
@@ -167,6 +167,7 @@ def _contents(subject: Subject, stages: Sequence[Stage], config: Config) -> dict
         "regions": REGIONS,
         "limits": limits(metrics, finished, coverage) if metrics else None,
         "training": _training_charts(subject, finished.get("train", {}), metrics),
+        "tensorboard": (subject.root / tensorboard.FOLDER).is_dir(),
         "held_out": _held_out_chart(metrics) if metrics else None,
         "shown": _shown(subject, metrics, coverage) if metrics else [],
         "mean_error": _picture(subject.stage("evaluate"), "mean_error.jpg", "Where on the face the mean error lies"),

@@ -158,7 +158,7 @@ class Attempt:
 
 def section_of(stage: Stage, config: Config) -> dict[str, Any]:
     """The plain data of the settings a stage depends on."""
-    data: dict[str, Any] = getattr(config, stage.name).model_dump()
+    data: dict[str, Any] = getattr(config, stage.name).keyed()
     for name in stage.reads:
         section, _, fieldname = name.partition(".")
         data[name] = getattr(getattr(config, section), fieldname)

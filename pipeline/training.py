@@ -35,7 +35,7 @@ from pipeline.dataset import canonical_json, write_atomic
 from pipeline.density import DensityControl
 from pipeline.errors import StageError
 from pipeline.frames import evenly
-from pipeline.losses import photometric_loss
+from pipeline.losses import L1_WEIGHT, SSIM_WEIGHT, photometric_loss
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,6 +110,8 @@ class Trainer:
         self.seconds = 0.0
         self.log: list[Entry] = []
         self._losses: list[float] = []
+        self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._last_perceptual: float | None = None
         self._saved_step: int | None = None
         self._groups = self.avatar.parameter_groups()
         self._optimisers = _optimisers(self._groups)
@@ -151,9 +153,13 @@ class Trainer:
         if growing:
             render.means2d.retain_grad()
         image = level.cut(render.image, camera, background)
-        loss = photometric_loss(image, target, weight=level.weight(frame), threads=self.threads)
+        weight = level.weight(frame)
+        loss = photometric_loss(image, target, weight=weight, threads=self.threads)
         if self._perceptual is not None:
-            loss = loss + config.perceptual * self._perceptual(image, target)
+            perceptual = config.perceptual * self._perceptual(image, target)
+            self._last_perceptual = perceptual.item()
+            loss = loss + perceptual
+        self._last = image.detach(), target, weight
         for optimiser in self._optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -229,6 +235,20 @@ class Trainer:
         self._losses = []
         return entry
 
+    @torch.no_grad()
+    def scalars(self) -> dict[str, float]:
+        """Figures of where training stands: the last step's loss by its terms as weighted, rates, Gaussians."""
+        found = {f"rate/{name}": float(settings["lr"]) for name, settings in self._settings.items()}
+        found["gaussians"] = self.avatar.count
+        if self._last is not None:
+            image, target, weight = self._last
+            for name, l1, ssim in (("l1", L1_WEIGHT, 0.0), ("ssim", 0.0, SSIM_WEIGHT)):
+                part = photometric_loss(image, target, l1=l1, ssim=ssim, weight=weight, threads=self.threads)
+                found[f"loss of one frame/{name}"] = part.item()
+        if self._last_perceptual is not None:
+            found["loss of one frame/perceptual"] = self._last_perceptual
+        return found
+
     def save_checkpoint(self, folder: Path) -> None:
         """Write everything that `resume` needs, in one piece.
 
@@ -302,7 +322,7 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the run that resumes from it; the avatar model is among the settings."""
-        settings = flat(self.config.model_dump(), "train.")
+        settings = flat(self.config.keyed(), "train.")
         return {"schema": CHECKPOINT_SCHEMA, "head": self.head, "clip": self._clip, **dict(settings)}
 
     def _diverged(self, cause: str) -> StageError:

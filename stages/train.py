@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -10,12 +11,15 @@ from pipeline.errors import StageError
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from pipeline.avatars import TrainingData
     from pipeline.clip import Clip
     from pipeline.perceptual import PerceptualLoss
-    from pipeline.training import Trainer
+    from pipeline.tensorboard import EventLog
+    from pipeline.training import Entry, Trainer
 
 CHECKPOINT_SECONDS = 10.0
 PREVIEW_SECONDS = 5.0
@@ -47,8 +51,9 @@ def run(run: StageRun) -> Result:
         data = load_data(run, load_clip(run.subject, run.config.train.resolution))
         trainer = Trainer(data, run.config.train, device, run.threads, load_perceptual_loss(run, device))
         trainer.resume(run.scratch)
-        optimise(run, trainer)
-        return finish(run, trainer, len(data))
+        with training_log(run, trainer.step_count) as log:
+            optimise(run, trainer, log)
+            return finish(run, trainer, len(data), log)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
@@ -114,7 +119,21 @@ def load_perceptual_loss(run: StageRun, device: torch.device) -> PerceptualLoss 
         return None
 
 
-def optimise(run: StageRun, trainer: Trainer) -> None:
+@contextlib.contextmanager
+def training_log(run: StageRun, step: int) -> Iterator[EventLog | None]:
+    """The log for TensorBoard, from this step on; None where `train.tensorboard` is off."""
+    from pipeline.tensorboard import open_log
+
+    # The work folder's name tells this training from others.
+    log = open_log(run.subject, run.work.name, step, run.reporter.message) if run.config.train.tensorboard else None
+    try:
+        yield log
+    finally:
+        if log is not None:
+            log.close()
+
+
+def optimise(run: StageRun, trainer: Trainer, log: EventLog | None) -> None:
     """Take all steps, with a checkpoint and a preview every few seconds."""
     begun = saved = shown = time.monotonic()
     with run.reporter.task("train", run.config.train.steps, "steps", trainer.step_count) as task:
@@ -122,14 +141,17 @@ def optimise(run: StageRun, trainer: Trainer) -> None:
             trainer.step()
             note = None
             if trainer.step_count % LOG_STEPS == 0 or trainer.finished:
-                note = f"PSNR {trainer.record().psnr_train:.1f} dB"
+                entry = trainer.record()
+                note = f"PSNR {entry.psnr_train:.1f} dB"
+                if log is not None:
+                    log.scalars(entry.step, {**_figures(entry), **trainer.scalars()})
             now = time.monotonic()
             stopping = run.stop_requested()
             if stopping or now - saved >= CHECKPOINT_SECONDS:
                 trainer.save_checkpoint(run.scratch)
                 saved = now
             if now - shown >= PREVIEW_SECONDS:
-                write_preview(run, trainer)
+                write_preview(run, trainer, log)
                 if shown == begun:
                     run.reporter.message(
                         f"train: truth and avatar so far, anew every few seconds: {run.work}/preview.jpg"
@@ -140,7 +162,13 @@ def optimise(run: StageRun, trainer: Trainer) -> None:
                 run.check_stop()
 
 
-def write_preview(run: StageRun, trainer: Trainer) -> None:
+def _figures(entry: Entry) -> dict[str, float]:
+    """A line of the log by the names that TensorBoard shows."""
+    named = {"loss": entry.loss, "psnr/training frames": entry.psnr_train, "psnr/frames kept back": entry.psnr_val}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def write_preview(run: StageRun, trainer: Trainer, log: EventLog | None = None) -> None:
     """Truth and render side by side for two training frames."""
     import torch
 
@@ -149,15 +177,18 @@ def write_preview(run: StageRun, trainer: Trainer) -> None:
     pairs = [torch.cat([trainer.truth(frame), trainer.render(frame)], 1) for frame in trainer.monitored[:2]]
     picture = (torch.cat(pairs, 1) * 255 + 0.5).clamp(0, 255).to(torch.uint8)
     save_image(run.work / "preview.jpg", picture.cpu().numpy())
+    if log is not None:
+        size = picture.shape[1], picture.shape[0]
+        log.image(trainer.step_count, "truth and render of two training frames", run.work / "preview.jpg", size)
 
 
-def finish(run: StageRun, trainer: Trainer, frames: int) -> Result:
+def finish(run: StageRun, trainer: Trainer, frames: int, log: EventLog | None) -> Result:
     """Write the avatar, its log and preview, and judge them."""
     from pipeline.avatars import save_avatar
     from pipeline.dataset import write_json
 
     trainer.round_to_saved()
-    write_preview(run, trainer)
+    write_preview(run, trainer, log)
     config, entry = run.config.train, trainer.log[-1]
     validated = [line for line in trainer.log if line.psnr_val is not None]
     psnr_val = validated[-1].psnr_val if validated else None
@@ -185,6 +216,7 @@ def finish(run: StageRun, trainer: Trainer, frames: int) -> Result:
         "gaussians": trainer.avatar.count,
         "frames": frames,
         "bytes": size,
+        "log_seconds": None if log is None else round(log.seconds, 3),
     }
     return Result(Verdict(level, text, "preview.jpg"), metrics)
 

@@ -16,11 +16,11 @@ from avatar_data import write_subject
 
 from pipeline.avatars import load_avatar
 from pipeline.clip import split
-from pipeline.config import Config, EvaluateConfig, GaussianHeadConfig, TrainConfig
+from pipeline.config import Config, EvaluateConfig, GaussianHeadConfig, TrainConfig, override
 from pipeline.dataset import Subject
 from pipeline.errors import Interrupted, StageError
 from pipeline.progress import PlainReporter
-from pipeline.stage import StageRun
+from pipeline.stage import StageRun, section_of
 from pipeline.training import Trainer
 from stages import train
 
@@ -103,7 +103,10 @@ def test_a_run_leaves_what_the_layout_promises(tmp_path: Path) -> None:
     assert result.verdict.text.startswith(f"Training: {result.verdict.level}. 30 steps in ")
 
 
-def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(train, "LOG_STEPS", 5)
     subject = write_subject(tmp_path / "s")
     whole = stage_run(subject, tmp_path / "whole")
     train.run(whole)
@@ -115,8 +118,31 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert (stopped.scratch / "checkpoint.safetensors").is_file()
     assert not (stopped.work / "avatar.json").exists()
     train.run(stage_run(subject, tmp_path / "stopped"))
+    # TensorBoard has the log's numbers, each step once.
+    log = json.loads((tmp_path / "whole" / "log.json").read_text())
+    for work in ("whole", "stopped"):
+        events = EventAccumulator(str(subject.root / "tensorboard" / work)).Reload()
+        for tag, key in (
+            ("loss", "loss"),
+            ("psnr/training frames", "psnr_train"),
+            ("psnr/frames kept back", "psnr_val"),
+        ):
+            wanted = [(line["step"], line[key]) for line in log if line[key] is not None]
+            found = [(event.step, event.value) for event in events.Scalars(tag)] if wanted else []
+            assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
+        terms = sum(events.Scalars(f"loss of one frame/{name}")[-1].value for name in ("l1", "ssim"))
+        assert 0 < terms < 1 and events.Scalars("gaussians")[-1].value == 500
     for name in ("avatar.safetensors", "avatar.json", "log.json", "preview.jpg"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_tensorboard_is_left_out_of_the_key_and_can_be_switched_off(tmp_path: Path) -> None:
+    off = override(CONFIG, ["train.tensorboard=false"])
+    assert section_of(train.STAGE, off) == section_of(train.STAGE, CONFIG)
+    assert "tensorboard" not in section_of(train.STAGE, CONFIG)
+    run = stage_run(write_subject(tmp_path / "s"), tmp_path / "work", config=off)
+    assert train.run(run).metrics["log_seconds"] is None
+    assert not (run.subject.root / "tensorboard").exists()
 
 
 def test_few_frames_say_what_to_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +195,7 @@ import resource
 from pathlib import Path
 from pipeline.config import Config, TrainConfig
 from pipeline.dataset import Subject
-from pipeline.stage import StageRun
+from pipeline.stage import StageRun, section_of
 from pipeline.training import compile_kernels
 from stages import train
 
