@@ -16,7 +16,29 @@ from pipeline.cli.common import Answer, Common, split_settings
 class Export(Common):
     """Write a subject's avatar as files for other tools, read them back and say what was lost.
 
+    Targets, each with an example (all about them: docs/exports.md):
+
     ply: the avatar at rest as a standard 3DGS PLY, for any splat viewer.
+    Example: headcast export ada --to ply
+
+    ply-sequence: the avatar through its clip, a numbered PLY a frame, and the camera.
+    Example: headcast export ada --to ply-sequence --set first=0 --set last=99 --set every=2 --set axes=head
+
+    spz: the avatar at rest as SPZ, a fourteenth of a PLY, for Scaniverse, Cesium, three.js.
+    Example: headcast export ada --to spz --set version=2
+
+    sog: the avatar at rest as SOG, smaller still, for PlayCanvas and SuperSplat.
+    Example: headcast export ada --to sog
+
+    gltf: the avatar at rest as a GLB of Gaussians (KHR_gaussian_splatting).
+    Example: headcast export ada --to gltf
+
+    rig: all that a program of one's own needs to drive it, and drive.py, which does it with NumPy.
+    Example: headcast export ada --to rig
+
+    arkit: head mesh (OBJ, GLB with morph targets) and Gaussians as 52 ARKit blendshapes.
+    Example: headcast export ada --to arkit --set gaussians=ply
+
     web: a page that plays and drives the avatar in any browser; a folder for a web server, and a single file.
     """
 

@@ -47,7 +47,7 @@ TARGETS = {
     "rig": Target(
         "pipeline.exports.rig",
         "all that a program of one's own needs to drive it",
-        ("decode", "fit", "train", "export"),
+        FITTED,
     ),
     "arkit": Target(
         "pipeline.exports.arkit",
@@ -57,7 +57,7 @@ TARGETS = {
     "web": Target(
         "pipeline.exports.web",
         "a page that plays and drives the avatar in any browser: a folder and a single file",
-        ("decode", "fit", "train", "export"),
+        FITTED,
     ),
 }
 
