@@ -1,7 +1,8 @@
 /* Draws the avatar with WebGL2 as pipeline/rasterize/reference.py does: EWA splatting, sRGB colours, alpha compositing.
  *
- * Two passes. The first writes, for each Gaussian, what it is made of into a texture of three bands: quaternion; standard
- * deviations and opacity; colour. The second draws a quad for each, back to front. */
+ * Three passes. The first writes, for each Gaussian, what it is made of into a texture of three bands: quaternion;
+ * standard deviations and opacity; colour. The second draws a quad for each, back to front, in half floats: bytes would
+ * round with every layer, and colours may leave [0,1] on the way. The third copies that to the canvas. */
 
 const BANDS = 3;
 
@@ -123,6 +124,12 @@ void main() {
   pixel = vec4(shade.rgb * alpha, alpha);
 }`;
 
+const COPY = `#version 300 es
+precision highp float;
+uniform sampler2D blended;
+out vec4 pixel;
+void main() { pixel = texelFetch(blended, ivec2(gl_FragCoord.xy), 0); }`;
+
 export class Renderer {
   /* Of a WebGL2 context and a BakedAvatar; throws an Error where a shader does not work here. */
   constructor(gl, avatar) {
@@ -137,6 +144,9 @@ export class Renderer {
     const numbers = `#define TURN ${turn}\n#define SHADE ${shade}\n#define LAYERS ${layers}\n`;
     this.poseProgram = program(gl, EVERYWHERE, POSE.replace("\n", `\n${numbers}`));
     this.splatProgram = program(gl, SPLAT, COVER);
+    this.copyProgram = program(gl, EVERYWHERE, COPY);
+    // Where neither is there, it is blended in bytes.
+    this.halfFloats = ["EXT_color_buffer_float", "EXT_color_buffer_half_float"].some((name) => gl.getExtension(name));
     gl.disable(gl.DITHER);
     gl.disable(gl.DEPTH_TEST);
     gl.pixelStorei(gl.UNPACK_ALIGNMENT, 1);
@@ -155,9 +165,8 @@ export class Renderer {
     gl.texImage2D(
       gl.TEXTURE_2D, 0, gl.RGBA32UI, columns, BANDS * rows, 0, gl.RGBA_INTEGER, gl.UNSIGNED_INT, null,
     );
-    this.posing = gl.createFramebuffer();
-    gl.bindFramebuffer(gl.FRAMEBUFFER, this.posing);
-    gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, this.posed, 0);
+    this.posing = into(gl, this.posed);
+    this.blended = null; // the picture in half floats, made for its size
 
     this.nothing = gl.createVertexArray();
     this.quads = gl.createVertexArray();
@@ -197,8 +206,8 @@ export class Renderer {
    *   instances: of an Order
    *   background: premultiplied RGBA */
   draw(framebuffer, camera, instances, background) {
-    const { gl, splatProgram: { program, at } } = this;
-    gl.bindFramebuffer(gl.FRAMEBUFFER, framebuffer);
+    const { gl, splatProgram: { program, at } } = this, half = this.halfFloats && this.#blending(camera);
+    gl.bindFramebuffer(gl.FRAMEBUFFER, half ? half.framebuffer : framebuffer);
     gl.viewport(0, 0, camera.width, camera.height);
     gl.clearColor(...background);
     gl.clear(gl.COLOR_BUFFER_BIT);
@@ -217,6 +226,26 @@ export class Renderer {
     gl.bindBuffer(gl.ARRAY_BUFFER, this.instances);
     gl.bufferSubData(gl.ARRAY_BUFFER, 0, instances);
     gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, this.count);
+    if (!half) return;
+    gl.bindFramebuffer(gl.FRAMEBUFFER, framebuffer);
+    gl.disable(gl.BLEND);
+    gl.useProgram(this.copyProgram.program);
+    gl.bindTexture(gl.TEXTURE_2D, half.texture);
+    gl.bindVertexArray(this.nothing);
+    gl.drawArrays(gl.TRIANGLES, 0, 3);
+  }
+
+  /* The half floats of a picture's size, {width, height, texture, framebuffer}. */
+  #blending({ width, height }) {
+    const { gl } = this;
+    if (this.blended?.width === width && this.blended.height === height) return this.blended;
+    if (this.blended) {
+      gl.deleteTexture(this.blended.texture);
+      gl.deleteFramebuffer(this.blended.framebuffer);
+    }
+    const made = texture(gl, gl.TEXTURE_2D);
+    gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA16F, width, height);
+    return (this.blended = { width, height, texture: made, framebuffer: into(gl, made) });
   }
 
   /* A picture of its own: RGBA bytes, premultiplied, rows from the top. */
@@ -283,6 +312,14 @@ function texture(gl, kind) {
   const made = gl.createTexture();
   gl.bindTexture(kind, made);
   for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(kind, side, gl.NEAREST);
+  return made;
+}
+
+/* A framebuffer whose pixels are a texture's. */
+function into(gl, texture) {
+  const made = gl.createFramebuffer();
+  gl.bindFramebuffer(gl.FRAMEBUFFER, made);
+  gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, texture, 0);
   return made;
 }
 
