@@ -77,6 +77,11 @@ class Clip:
     def __len__(self) -> int:
         return len(self.alphas)
 
+    @property
+    def main_camera(self) -> int:
+        """The number of the camera that took the most usable frames; 0 where there are none."""
+        return int(np.bincount(self.cameras[self.usable], minlength=1).argmax())
+
     def inside(self) -> NDArray[np.float32]:
         """[C,R,R] share of each of a crop's pixels that lies inside the frame.
 

@@ -40,7 +40,7 @@ def soft_edge(model: AvatarModel, clip: Clip) -> torch.Tensor:
     A Gaussian counts as far out as it reaches with one standard deviation.
     """
     splats, T_cam_head = neutral_splats(model), model.neutral.T_cam_head.double().cpu().numpy()
-    camera = int(np.bincount(clip.cameras[clip.usable]).argmax()) if clip.usable.any() else 0
+    camera = clip.main_camera
     K, side = clip.Ks[camera], clip.resolution
     means = transform_points(T_cam_head, splats.means.astype(np.float64))
     axes = T_cam_head[:3, :3] @ quaternion_to_matrix(splats.quats.astype(np.float64))

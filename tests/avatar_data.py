@@ -9,10 +9,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.avatars import Condition, TrainingData
+from pipeline.avatars.baked import ARRAYS, GAZE, POSE, BakedAvatar
 from pipeline.dataset import Subject
-from pipeline.geometry import make_rigid, rotvec_to_matrix
+from pipeline.geometry import invert_rigid, make_rigid, rotvec_to_matrix
+from pipeline.heads import EXPRESSIONS
 from pipeline.synthetic import SyntheticClip, make_clip
 
 SIZE = 64
@@ -90,3 +93,35 @@ def write_subject(root: Path, frames: int = 24) -> Subject:
         shots=np.zeros(frames, np.int64),
     )
     return Subject(root)
+
+
+def linear_avatar() -> BakedAvatar:
+    """A baked avatar that is made up: four shapes, no correctives."""
+    random = torch.Generator().manual_seed(5)
+    E, N, shapes = len(EXPRESSIONS), 300, 4
+    sizes = {"E": E, "N": N, "G": shapes, "L": shapes, "K": 2 * shapes, "H": 2, "M": 0, "P": 6, "D": E + GAZE + POSE}
+    sizes["I"] = E + GAZE + sizes["D"]
+    weights: dict[str, Tensor] = {
+        name: torch.zeros([sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes])
+        for name, axes in ARRAYS.items()
+    }
+    driven = conditions(clip())
+    middle = driven.frame(9)
+    weights |= {f"neutral_{name}": value for name, value in middle._asdict().items()}
+    weights |= {"neutral_expression": torch.zeros(E), "neutral_T_cam_skull": middle.T_cam_head}
+    weights |= {f"predictor_T_cam_{name}": torch.eye(4) for name in ("head", "torso")}
+    weights["typical_head"] = middle.T_cam_head
+    weights["typical_torso"] = invert_rigid(middle.T_cam_head) @ middle.T_cam_torso
+    weights["drive_scale"] = torch.ones(sizes["D"])
+    weights["means"] = 0.05 * torch.randn(3, N, generator=random) + torch.tensor([[0], [0.05], [0.05]])
+    appearance = torch.rand(7, N, generator=random)
+    appearance[:3] = appearance[:3] - 5
+    weights["appearance"] = appearance.half().float()
+    weights["quats"] = torch.nn.functional.normalize(torch.randn(N, 4, generator=random), dim=1).half().float()
+    weights["joints"] = torch.randint(0, 120, (N, 2), generator=random, dtype=torch.uint8)
+    units = {"motion": [0.002] * 3 + [0.05] * 3, "shading": [0.05] * 3 + [0.02] * 3 + [0.1]}
+    for name, unit in units.items():
+        weights[name] = torch.randint(-127, 128, (shapes, len(unit), N), generator=random, dtype=torch.int8)
+        weights[f"{name}_steps"] = (torch.tensor(unit) / 127).expand(shapes, -1).half().float()
+    weights["linear"] = torch.randn(2 * shapes, sizes["I"], generator=random)
+    return BakedAvatar(weights, "anny", EXPRESSIONS)

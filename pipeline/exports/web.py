@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.exports import Export
+from pipeline.exports import Export, choice
 
 if TYPE_CHECKING:
     from pipeline.avatars.baked import BakedAvatar
+    from pipeline.clip import Clip
     from pipeline.exports.packing import Packed, Performance
 
 VERSION = 1
-OPTIONS: dict[str, str] = {}
+OPTIONS = {"webcam": "true: driving from the viewer's webcam; false: without it, 7 MB less"}
 SOURCES = Path(__file__).parents[1] / "player"
 PAGE, STYLE, MAIN = "index.html", "player.css", "main.js"
 AVATAR, SINGLE = "avatar.bin", "player.html"
@@ -40,13 +41,18 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
 
     Raises:
         UserError: there is no baked avatar, or it is too large.
+        StageError: MediaPipe for the webcam cannot be fetched.
     """
+    from pipeline.exports import webcam
     from pipeline.exports.packing import pack
 
-    avatar, performance = _read(export)
+    with_webcam = choice(export, "webcam", "true", "false") == "true"
+    avatar, performance, clip = _read(export)
     export.reporter.message("Packing the avatar.")
     packed = pack(avatar, performance)
     assets = {AVATAR: packed.data}
+    if with_webcam:
+        assets[webcam.FILE] = webcam.pack(clip, export.reporter)
     write_page(folder, export.subject.name, assets)
     loss = loss_db(avatar, performance, packed, export)
     single = (folder / SINGLE).stat().st_size
@@ -55,7 +61,8 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
     text = (
         f"{avatar.count:,} Gaussians{dropped} in {len(packed.data) / 1e6:.1f} MB ({packed.size / 1e6:.1f} unpacked); "
         f"read back, its pictures are {loss:.0f} dB from the baked avatar's. {SINGLE} ({single / 1e6:.1f} MB) opens "
-        f"from disk; the rest of the folder is for a web server."
+        f"from disk; the rest of the folder is for a web server. Driving from a webcam is "
+        f"{'in it' if with_webcam else 'left out'}."
     )
     return {
         "gaussians": avatar.count,
@@ -64,11 +71,12 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
         "packed_bytes": len(packed.data),
         "unpacked_bytes": packed.size,
         "packing_db": round(loss, 1),
+        "webcam_bytes": len(assets.get(webcam.FILE, b"")),
         "text": text,
     }
 
 
-def _read(export: Export) -> tuple[BakedAvatar, Performance]:
+def _read(export: Export) -> tuple[BakedAvatar, Performance, Clip]:
     """The baked avatar and what drives it through its clip; where a frame's fit is no good, the last good one holds."""
     import numpy as np
     import torch
@@ -95,7 +103,7 @@ def _read(export: Export) -> tuple[BakedAvatar, Performance]:
     usable = np.flatnonzero(clip.usable)
     held = usable[np.maximum(np.searchsorted(usable, np.arange(len(clip)), side="right") - 1, 0)]
     rows = torch.from_numpy(held)
-    return avatar, Performance(Condition(*(value[rows] for value in conditions_of(clip))), clip.times)
+    return avatar, Performance(Condition(*(value[rows] for value in conditions_of(clip))), clip.times), clip
 
 
 def loss_db(avatar: BakedAvatar, performance: Performance, packed: Packed, export: Export) -> float:
@@ -131,7 +139,7 @@ def write_page(folder: Path, title: str, assets: dict[str, bytes]) -> None:
     page = environment.get_template(PAGE)
     for name, data in assets.items():
         (folder / name).write_bytes(data)
-    for source in [SOURCES / STYLE, *sorted(SOURCES.glob("*.js"))]:
+    for source in [SOURCES / STYLE, *modules_of(SOURCES / MAIN)]:
         (folder / source.name).write_bytes(source.read_bytes())
     policy = POLICY.format(scripts="'self'", styles="'self'")
     (folder / PAGE).write_text(page.render(title=title, assets=list(assets), single=False, policy=policy))
@@ -149,26 +157,25 @@ def write_page(folder: Path, title: str, assets: dict[str, bytes]) -> None:
     (folder / SINGLE).write_text(text)
 
 
+def modules_of(main: Path) -> list[Path]:
+    """The files of a module and of all that it imports, each after those that it needs."""
+    found: list[Path] = []
+    for _, _, name in IMPORT.findall(main.read_text()):
+        found += [path for path in modules_of(main.with_name(f"{name}.js")) if path not in found]
+    return [*found, main]
+
+
 def joined_modules(main: Path) -> str:
     """One script of a module and all that it imports: each becomes a function that is called once, in order.
 
     Pages opened from disk may not load modules. Imports and exports are written as the top of main.js says.
     """
-    done: list[str] = []
-    parts: list[str] = []
-
-    def add(path: Path) -> None:
-        if path.stem in done:
-            return
-        done.append(path.stem)
+    parts = []
+    for path in modules_of(main):
         text = path.read_text()
-        for _, _, module in IMPORT.findall(text):
-            add(path.with_name(f"{module}.js"))
         body = EXPORT.sub(r"\1", IMPORT.sub(_taken, text))
         given = ", ".join(name for _, name in EXPORT.findall(text))
         parts.append(f"const module_{path.stem} = (() => {{\n{body}\nreturn {{ {given} }};\n}})();\n")
-
-    add(main)
     return "\n".join(parts)
 
 

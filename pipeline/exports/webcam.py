@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.assets import FACE_LANDMARKER, VISION_BUNDLE, VISION_LOADER, VISION_WASM, asset_path
+from pipeline.clip import Clip
 from pipeline.errors import StageError
 from pipeline.gaze import GAZE_RANGE_RAD
 from pipeline.progress import Reporter
@@ -42,19 +43,20 @@ def limits(own: Performance, camera: int) -> dict[str, Any]:
     }
 
 
-def pack(own: Performance, camera: int, reporter: Reporter | None = None) -> bytes:
-    """The bytes of `webcam.bin`; its `about` is what `limits` gives.
+def pack(clip: Clip, reporter: Reporter | None = None) -> bytes:
+    """The bytes of `webcam.bin` for the avatar that was made from a clip; its metadata is what `limits` gives.
 
     Raises:
-        UserError: an asset in the cache has other bytes.
+        UserError: none of the clip's frames can be used, or an asset in the cache has other bytes.
         StageError: an asset is not on this machine and cannot be fetched.
     """
     from safetensors.numpy import save
 
+    told = limits(Performance.of(clip), clip.main_camera)
     try:
         files = {part: asset_path(asset, reporter=reporter) for part, asset in _PARTS.items()}
     except StageError as error:
         raise type(error)(error.what, f"{error.fix}, or leave the webcam out with --set webcam=false") from error
     files["worker"] = WORKER
     tensors = {part: np.frombuffer(path.read_bytes(), np.uint8) for part, path in files.items()}
-    return gzip.compress(save(tensors, {"headcast": json.dumps(limits(own, camera))}), mtime=0)
+    return gzip.compress(save(tensors, {"headcast": json.dumps(told)}), mtime=0)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from avatar_data import SIZE, clip, conditions, training_data
-from torch import Tensor
+from avatar_data import SIZE, clip, conditions, linear_avatar, training_data
 
 from pipeline.avatars import WEIGHTS, AvatarModel, Condition, Gaussians, load_avatar, save_avatar
-from pipeline.avatars.baked import ARRAYS, GAZE, POSE, BakedAvatar
+from pipeline.avatars.baked import BakedAvatar
 from pipeline.avatars.rigged import RiggedAvatar
 from pipeline.bake import bake, sample_rows
 from pipeline.config import TrainConfig
@@ -93,38 +92,6 @@ def test_it_finds_how_far_torso_and_skull_take_a_gaussian_along(trained: RiggedA
     weights = trained.joint_weights()
     for column, joint in ((1, 1), (2, 4)):
         assert (baked.joint_weights[:, column] - weights[:, joint]).abs().max() < 0.01
-
-
-def linear_avatar() -> BakedAvatar:
-    """Made up: four shapes, no correctives; what a bake of it has to find."""
-    random = torch.Generator().manual_seed(5)
-    E, N, shapes = len(EXPRESSIONS), 300, 4
-    sizes = {"E": E, "N": N, "G": shapes, "L": shapes, "K": 2 * shapes, "H": 2, "M": 0, "P": 6, "D": E + GAZE + POSE}
-    sizes["I"] = E + GAZE + sizes["D"]
-    weights: dict[str, Tensor] = {
-        name: torch.zeros([sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes])
-        for name, axes in ARRAYS.items()
-    }
-    driven = conditions(clip())
-    middle = driven.frame(9)
-    weights |= {f"neutral_{name}": value for name, value in middle._asdict().items()}
-    weights |= {"neutral_expression": torch.zeros(E), "neutral_T_cam_skull": middle.T_cam_head}
-    weights |= {f"predictor_T_cam_{name}": torch.eye(4) for name in ("head", "torso")}
-    weights["typical_head"] = middle.T_cam_head
-    weights["typical_torso"] = invert_rigid(middle.T_cam_head) @ middle.T_cam_torso
-    weights["drive_scale"] = torch.ones(sizes["D"])
-    weights["means"] = 0.05 * torch.randn(3, N, generator=random) + torch.tensor([[0], [0.05], [0.05]])
-    appearance = torch.rand(7, N, generator=random)
-    appearance[:3] = appearance[:3] - 5
-    weights["appearance"] = appearance.half().float()
-    weights["quats"] = torch.nn.functional.normalize(torch.randn(N, 4, generator=random), dim=1).half().float()
-    weights["joints"] = torch.randint(0, 120, (N, 2), generator=random, dtype=torch.uint8)
-    units = {"motion": [0.002] * 3 + [0.05] * 3, "shading": [0.05] * 3 + [0.02] * 3 + [0.1]}
-    for name, unit in units.items():
-        weights[name] = torch.randint(-127, 128, (shapes, len(unit), N), generator=random, dtype=torch.int8)
-        weights[f"{name}_steps"] = (torch.tensor(unit) / 127).expand(shapes, -1).half().float()
-    weights["linear"] = torch.randn(2 * shapes, sizes["I"], generator=random)
-    return BakedAvatar(weights, "anny", EXPRESSIONS)
 
 
 def test_a_linear_avatar_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
