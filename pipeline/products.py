@@ -139,6 +139,10 @@ class Product:
         if self.path.exists() and self.path.is_dir() != self.folder:
             kind = "a folder" if self.path.is_dir() else "a file"
             raise UserError(f"'{self.path}' is {kind}.", "name another with --out")
+        if not self.folder and self.account.exists() and not _is_account(self.account):
+            raise UserError(
+                f"'{self.account}' is in the way, where the account would lie.", "move it, or name another with --out"
+            )
         if self.folder and self.path.exists() and any(self.path.iterdir()) and not self.account.is_file():
             raise UserError(f"'{self.path}' is a folder that headcast did not write.", "name another with --out")
 
@@ -191,6 +195,13 @@ class Product:
         # An account without its file is not fresh, a file without its account is in the way.
         os.replace(made.with_suffix(".json"), self.account)
         os.replace(made, self.path)
+
+
+def _is_account(path: Path) -> bool:
+    try:
+        return {"schema", "key", "sha256"} <= set(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 @contextlib.contextmanager

@@ -403,11 +403,14 @@ def _format(request: RenderRequest) -> str:
 
 
 def _name(request: RenderRequest, kind: str) -> str:
-    """`orbit.mp4`, `turntable-clip-transparent.webm`, `front-frames`."""
+    """`orbit.mp4`, `front-transparent.png`, `orbit-clip-frames`: another for whatever can stand beside it."""
+    still_life = request.path in ("front", "clip") and request.drive == "rest"
+    usual = "png" if still_life else "webm" if request.colour is None else "mp4"
     parts = [Path(request.path).stem, *([] if request.drive == "rest" else [Path(request.drive).stem])]
     parts += ["baked"] if request.baked else []
     parts += ["transparent"] if request.colour is None else []
-    parts += ["frames"] if kind == "frames" else []
+    # An account goes by the name without its ending.
+    parts += [kind] if kind != usual else []
     return "-".join(parts) + ENDINGS[kind]
 
 

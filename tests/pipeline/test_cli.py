@@ -50,6 +50,7 @@ def test_help_teaches_every_command(tmp_path: Path) -> None:
         "demo",
         "bench",
         "reenact",
+        "render",
     ):
         assert command in done.stdout
         page = headcast(command, "--help", cwd=tmp_path)

@@ -64,6 +64,15 @@ def test_a_folder_of_somebody_else_is_never_replaced(anna: Subject) -> None:
         made.check_free()
 
 
+@pytest.mark.parametrize("text", ['{"years": "of work"}', "[1]", "3", "years of work"])
+def test_a_document_of_somebody_else_is_never_replaced(anna: Subject, text: str) -> None:
+    made = product(anna, force=True)
+    made.path.parent.mkdir()
+    made.account.write_text(text)
+    with pytest.raises(UserError, match="in the way"):
+        made.check_free()
+
+
 def test_nothing_is_written_when_a_source_changes_meanwhile(anna: Subject) -> None:
     made = product(anna)
 

@@ -17,6 +17,7 @@ from reenact_data import FPS, FRAMES, change_fit, finish, write_dataset
 
 from pipeline.api import Avatar, LoadedSubject
 from pipeline.avatars import conditions_of
+from pipeline.cli import main
 from pipeline.dataset import Dataset
 from pipeline.errors import HeadcastError, Interrupted, StageError, SubjectBusy, UserError
 from pipeline.evaluation import ClipRenderer
@@ -283,3 +284,26 @@ def test_bad_requests_are_refused_in_words(
 def test_values_that_cannot_be_are_refused_by_the_request(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RenderRequest(subject="anna", **fields)
+
+
+def test_the_command_answers_with_the_account_and_refuses_what_is_no_value(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--path", "front", "--size", "32x24", "--set", "jawOpen=0.5", "--set", "browInnerUp=1")
+    command = ["render", "anna", "--data", str(dataset.root), "--json", *options]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 0
+    assert read_png(dataset.root / "anna/renders/front.png").shape == (24, 32, 3)
+    assert "front.png: fresh, nothing to do" in capsys.readouterr().err
+    for wrong, message in (
+        (("--size", "0512"), "'0512' is no size."),
+        (("--size", "9x16"), "'(9, 16)' cannot be the size: Value error, a side has 16 to 4096 pixels."),
+        (("--set", "jawOpen=wide"), "'wide' is no number for jawOpen."),
+        (("--set", "jawOpen"), "'jawOpen' is not NAME=VALUE."),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["render", "anna", "--data", str(dataset.root), *wrong])
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
