@@ -14,7 +14,7 @@ from pipeline.api import Pose
 from pipeline.errors import HeadcastError
 from pipeline.retarget import Performance
 from pipeline.viewer.picture import Painter
-from pipeline.viewer.scene import PRESETS, Scene, eased, in_folders, label_of, partner_of, taken_over
+from pipeline.viewer.scene import PRESETS, Drive, Scene, eased, in_folders, label_of, partner_of, taken_over
 
 CLIP, SLIDERS = "the clip", "the sliders"
 FULL, BAKED = "full", "baked"
@@ -174,7 +174,7 @@ class Controls:
 
     def scene(self) -> Scene:
         """What is to be seen now."""
-        drive = "clip" if self._drive.value == CLIP else "sliders"
+        drive: Drive = "clip" if self._drive.value == CLIP else "sliders"
         expression, pose = self._sliders()
         if self._within.value and drive == "sliders":
             expression, pose, self.eased = eased(expression, pose, self._painter.full, self._seen)

@@ -39,7 +39,7 @@ _POLICY = (
 _starting = threading.Lock()
 
 
-class GuardedServer(viser.ViserServer):  # type: ignore[misc]
+class GuardedServer(viser.ViserServer):
     """A viser server behind `Guard`, on a socket that listens already, silent on the terminal.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import threading
 import time
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import HeadcastError
+from pipeline.errors import HeadcastError, StageError
 from pipeline.products import Product, Sources, place_for
-from pipeline.viewer.controls import Controls
+from pipeline.viewer.controls import IN_BROWSER, Controls
 from pipeline.viewer.picture import JPEG_QUALITY, Painter, png
 from pipeline.viewer.recording import Recording
 from pipeline.viewer.scene import Scene, camera_of, opening, size_within
@@ -131,7 +132,7 @@ class Page:
                     with self._wake:
                         if not self._stopping:
                             self._wake.wait(TICK_SECONDS if self._busy(time.monotonic()) else None)
-        except BaseException as error:  # noqa: BLE001 - told by the thread that waits
+        except Exception as error:  # noqa: BLE001 - raised by the thread that waits
             self.failure = error
 
     def _busy(self, now: float) -> bool:
@@ -249,36 +250,50 @@ class Page:
             target=self._guarded, args=(watcher.client, lambda _: self._keep(watcher, recording, now))
         ).start()
 
-    def _check_place(self) -> None:
-        if not self.controls.downloads:
-            self._product("check").check_free()
-
     def _product(self, stem: str) -> Product:
         subject = self.painter.subject.subject
         sources = Sources.of(avatar=(subject, STAGES))
         return Product(place_for(subject, FOLDER, f"{stem}.mp4", None, ".mp4"), sources, {"recorded": stem})
 
+    def _check_place(self) -> None:
+        """Refuse to record what could not be kept afterwards.
+
+        Raises:
+            HeadcastError: the folder for recordings cannot be written.
+        """
+        if self.controls.downloads:
+            return
+        folder = self._product("recording").path.parent
+        try:
+            folder.mkdir(exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise StageError(
+                f"Videos cannot be kept in '{folder}': {error.strerror or error}.",
+                f"have them go to {IN_BROWSER}, or free that place",
+            ) from error
+
     def _keep(self, watcher: Watcher, recording: Recording, ended: float) -> None:
+        """Write a recording and give it to the subject's folder, or to the browser if that fails or was chosen."""
         if not len(recording):
             return
-        busy = watcher.client.add_notification("Writing the video", "It may take some seconds.", loading=True)
-        stem = time.strftime("%Y-%m-%d-%H-%M-%S")
-        try:
-            if self.controls.downloads:
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "recording.mp4"
-                    recording.write(path, ended)
-                    watcher.client.send_file_download(
-                        f"{self._name}-{stem}.mp4", path.read_bytes(), save_immediately=True
-                    )
-                where = "your downloads"
-            else:
-                product = self._product(stem)
-                product.make(lambda path: recording.write(path, ended))
-                where = str(product.path)
-        finally:
-            busy.remove()
-        watcher.client.add_notification("Video kept", f"In {where}", auto_close_seconds=10, color="green")
+        client, stem = watcher.client, time.strftime("%Y-%m-%d-%H-%M-%S")
+        busy = client.add_notification("Writing the video", "It may take some seconds.", loading=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "recording.mp4"
+            account = recording.write(path, ended)
+            try:
+                if self.controls.downloads:
+                    client.send_file_download(f"{self._name}-{stem}.mp4", path.read_bytes(), save_immediately=True)
+                else:
+                    product = self._product(stem)
+                    product.make(lambda place: (shutil.copyfile(path, place), account)[1])
+                    client.add_notification("Video kept", f"In {product.path}", auto_close_seconds=10, color="green")
+            except HeadcastError:
+                client.send_file_download(f"{self._name}-{stem}.mp4", path.read_bytes(), save_immediately=True)
+                raise
+            finally:
+                busy.remove()
 
 
 def _notify(client: Any, title: str, error: HeadcastError) -> None:

@@ -14,7 +14,7 @@ from pipeline.api import Avatar, LoadedSubject, picture_of
 from pipeline.avatars import Condition, Gaussians, splat
 from pipeline.clip import load_crops
 from pipeline.dataset import Subject
-from pipeline.errors import HeadcastError
+from pipeline.errors import HeadcastError, UserError
 from pipeline.geometry import project_points, transform_points
 from pipeline.mesh_render import lambert, rasterize_mesh, vertex_normals
 from pipeline.products import Sources
@@ -53,7 +53,7 @@ class Painter:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._posed: tuple[Any, Condition, Gaussians] | None = None
+        self._posed: tuple[Any, Condition, Gaussians | None] | None = None
         self._film: dict[int, tuple[Picture, Picture]] = {}
 
     @staticmethod
@@ -69,7 +69,11 @@ class Painter:
         if min(side, FILM_SIDE) > loaded.clip.resolution:
             loaded = LoadedSubject(subject, min(side, FILM_SIDE))
         painter = Painter(loaded, threads)
-        _ = painter.full
+        if painter.full.expression_names != loaded.clip.expression_names:
+            raise UserError(
+                f"The avatar of '{subject.name}' has other coefficients than its fit.",
+                f"train it again: headcast rerun {subject.name} --from train",
+            )
         return painter
 
     @cached_property
@@ -153,24 +157,33 @@ class Painter:
         picture[inside] = self._avatar(scene, looking, transparent)[inside]
         return picture
 
-    def _pose(self, scene: Scene) -> tuple[Condition, Gaussians]:
-        key = (scene.baked, scene.drive, *((scene.frame,) if scene.drive == "clip" else (scene.expression, scene.pose)))
+    def _condition(self, scene: Scene) -> Condition:
+        driven = (scene.frame,) if scene.drive == "clip" else (scene.expression, scene.pose)
+        key = (scene.baked, scene.drive, *driven)
         if self._posed is None or self._posed[0] != key:
-            avatar = self.avatar(scene)
-            condition = scene.condition(self.subject, avatar)
-            self._posed = (key, condition, avatar.model.gaussians(condition))
-        return self._posed[1:]
+            self._posed = (key, scene.condition(self.subject, self.avatar(scene)), None)
+        return self._posed[1]
+
+    def _gaussians(self, scene: Scene) -> Gaussians:
+        """Kept while only the camera moves."""
+        condition = self._condition(scene)
+        key, _, gaussians = self._posed or (None, None, None)
+        if gaussians is None:
+            gaussians = self.avatar(scene).model.gaussians(condition)
+            self._posed = (key, condition, gaussians)
+        return gaussians
 
     def _avatar(self, scene: Scene, camera: Camera, transparent: bool) -> Picture:
-        condition, gaussians = self._pose(scene)
+        condition = self._condition(scene)
         if scene.show == "mesh":
             picture = self._shaded(condition, camera, scene, transparent)
         else:
+            gaussians = self._gaussians(scene)
             if scene.show == "points":
                 gaussians = _as_points(gaussians)
             K, view = (torch.as_tensor(array, dtype=torch.float32) for array in (camera.K, camera.T_cam_world))
             behind = torch.tensor([0.0] * 3 if transparent else scene.background) / 255
-            shown = splat(gaussians, K, camera.width, camera.height, behind.float(), threads=self.threads, view=view)
+            shown = splat(gaussians, K, camera.width, camera.height, behind, threads=self.threads, view=view)
             picture = picture_of(shown, transparent)
         return self._overlaid(picture, scene, condition, camera)
 
