@@ -295,10 +295,10 @@ class Controls:
         self.record.color = "red" if running else None
 
     def tell(self, text: str) -> None:
-        """The line at the top: how fast pictures come."""
+        """The lines at the top: how fast pictures come, and what is to be known of them."""
         model = self._painter.full.model
         about = f"{model.name} · {model.count:,} Gaussians · {model.head}"
-        self._status.content = _lines(html.escape(about), html.escape(text))
+        self._status.content = _lines(html.escape(about), *html.escape(text).splitlines())
 
     def tell_frame(self) -> None:
         """Say what the frame is, and what of the sliders was eased."""

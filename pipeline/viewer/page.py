@@ -80,7 +80,7 @@ class Page:
         self._wake = threading.Condition()
         self._dirty, self._changed_at, self._stopping = True, 0.0, False
         self._seconds_per_pixel, self._last_seconds, self._told = 0.0, 0.0, (0.0, "")
-        self._scene = Scene()
+        self._scene, self._guessed = Scene(), False
         self.controls = Controls(server.gui, self._name, painter, self._changed)
         self.controls.photograph.on_click(lambda event: self._guarded(event.client, self._photograph))
         self.controls.record.on_click(lambda event: self._guarded(event.client, self._record))
@@ -180,6 +180,7 @@ class Page:
             _notify(watcher.client, "This cannot be shown", error)
             self._changed()
             return
+        self._guessed = not self.painter.seen(scene, camera)
         watcher.client.scene.set_background_image(picture, format="jpeg", jpeg_quality=JPEG_QUALITY)
         watcher.client.flush()
         self._last_seconds = time.perf_counter() - begun
@@ -204,6 +205,8 @@ class Page:
         sizes = [watcher.shown[2] for watcher in watchers if watcher.shown is not None]
         size = " × ".join(map(str, sizes[-1])) if sizes else ""
         text = f"{max(rates, default=0)} pictures a second · {1000 * self._last_seconds:.0f} ms each · {size}"
+        if self._guessed:
+            text += "\nThe clip never showed this side: what is seen is a guess."
         if text != self._told[1]:
             self.controls.tell(text)
         self._told = (now, text)

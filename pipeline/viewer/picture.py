@@ -17,9 +17,10 @@ from pipeline.dataset import Subject
 from pipeline.errors import HeadcastError, UserError
 from pipeline.geometry import project_points, transform_points
 from pipeline.mesh_render import lambert, rasterize_mesh, vertex_normals
+from pipeline.novel_views import HOLDS_DEG, angles_seen, soft_edge
 from pipeline.products import Sources
 from pipeline.viewer.scene import Scene, fitted
-from pipeline.viewpoint import Camera
+from pipeline.viewpoint import Camera, angles_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,6 +93,7 @@ class Painter:
 
     def _ready(self, avatar: Avatar) -> Avatar:
         avatar.threads = avatar.model.threads = self.threads
+        avatar.fade = soft_edge(avatar.model, self.subject.clip)
         return avatar
 
     def avatar(self, scene: Scene) -> Avatar:
@@ -178,7 +180,9 @@ class Painter:
         if scene.show == "mesh":
             picture = self._shaded(condition, camera, scene, transparent)
         else:
-            gaussians = self._gaussians(scene)
+            gaussians, fade = self._gaussians(scene), self.avatar(scene).fade
+            if fade is not None and not scene.locked:  # from elsewhere what the clip cut would look torn
+                gaussians = gaussians._replace(opacities=gaussians.opacities * fade)
             if scene.show == "points":
                 gaussians = _as_points(gaussians)
             K, view = (torch.as_tensor(array, dtype=torch.float32) for array in (camera.K, camera.T_cam_world))
@@ -186,6 +190,21 @@ class Painter:
             shown = splat(gaussians, K, camera.width, camera.height, behind, threads=self.threads, view=view)
             picture = picture_of(shown, transparent)
         return self._overlaid(picture, scene, condition, camera)
+
+    @cached_property
+    def _angles_seen(self) -> dict[str, list[float]]:
+        return angles_seen(self.subject.clip, self.subject.train_frames, self.full.model)
+
+    def seen(self, scene: Scene, camera: Camera) -> bool:
+        """Whether the clip shows the head about from where the camera does: elsewhere the avatar is a guess."""
+        if scene.locked:
+            return True
+        with self._lock:
+            T_cam_head = self._condition(scene).T_cam_head.double().cpu().numpy()
+        rest = self.full.model.neutral.T_cam_head.double().cpu().numpy()
+        angles = angles_of(camera.T_cam_world @ T_cam_head) - angles_of(rest)
+        ends = [self._angles_seen[name] for name in ("yaw", "pitch")]
+        return all(low - HOLDS_DEG <= a <= high + HOLDS_DEG for a, (low, high) in zip(angles, ends, strict=True))
 
     def _mesh(self, condition: Condition) -> Floats:
         """[V,3] the fitted head's vertices, in the clip's world."""
