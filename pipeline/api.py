@@ -211,7 +211,9 @@ class Avatar:
         camera = camera or self.camera()
         device = self.model.neutral.T_cam_head.device
         K, view = (torch.as_tensor(a, dtype=torch.float32, device=device) for a in (camera.K, camera.T_cam_world))
-        behind = torch.tensor(tuple(background or (0.0,) * 3), dtype=torch.float32, device=device)
+        behind = torch.tensor(
+            [0.0] * 3 if background is None else tuple(background), dtype=torch.float32, device=device
+        )
         with torch.no_grad():
             gaussians = self.model.gaussians(condition)
             if self.fade is not None:
