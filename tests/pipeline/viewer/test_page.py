@@ -1,0 +1,193 @@
+"""The page at work: in Chromium, and told by a client of its web socket; and what it says where it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import browser
+import numpy as np
+import pytest
+from reenact_data import change_fit, write_dataset
+
+from pipeline.cli.view import View
+from pipeline.dataset import Dataset
+from pipeline.errors import HeadcastError, StageError, UserError
+from pipeline.viewer import session
+from pipeline.viewer.session import Served, served, ssh_line, view
+
+HOSTILE = "<img src=x onerror=document.title='taken'>"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A dataset in which a coefficient and the head model have names that are HTML."""
+    dataset = write_dataset(tmp_path_factory.mktemp("page"))
+    anna = dataset.existing("anna")
+    path = anna.stage("train") / "avatar.json"
+    description = json.loads(path.read_bytes())
+    names = [HOSTILE if name == "tongueOut" else name for name in description["expression_names"]]
+    description |= {"expression_names": names, "head": HOSTILE}
+    description["settings"] |= {"expression_names": names, "head": HOSTILE}
+    path.write_text(json.dumps(description))
+    change_fit(anna, expression_names=np.array(names))
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def at(data: Dataset) -> Iterator[Served]:
+    with served(data.root, "anna", threads=1) as page:
+        yield page
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
+
+
+def test_the_page_shows_what_is_asked_for(at: Served, tmp_path: Path) -> None:
+    controls = at.page.controls
+    with browser.chromium(tmp_path / "profile") as opened:
+        with opened.visit(at.url) as visit:
+            visit.page.get_by_text("Film beside").wait_for()
+            until(lambda: at.page.pictures > 0 and not at.page._busy(time.monotonic()))
+
+            def canvas() -> bytes:
+                # The panel is at the right and changes as well.
+                return visit.page.screenshot(clip={"x": 0, "y": 200, "width": 380, "height": 380})
+
+            before, painted = canvas(), at.page.pictures
+            visit.page.get_by_text("Face", exact=True).click()
+            visit.page.get_by_text("Jaw", exact=True).click()
+            until(lambda: visit.page.get_by_text("Open", exact=True).is_visible())
+            field = visit.page.locator(f"[id='{controls._coefficients['jawOpen']._impl.uuid}']")
+            field.locator("xpath=following-sibling::*//input").fill("1")
+            until(lambda: controls.scene().expression.get("jawOpen", 0) > 0)
+            assert controls.scene().drive == "sliders"
+            until(lambda: at.page.pictures > painted)
+            until(lambda: canvas() != before)
+            # What has such a name is shown as text, not obeyed.
+            visit.page.get_by_text(HOSTILE).first.wait_for()
+            visit.page.get_by_text("Others", exact=True).click()
+            assert visit.page.title() != "taken"
+            assert visit.page.locator("img[src='x']").count() == 0
+        visit.check_clean()
+    until(lambda: not at.page._watchers)
+    assert at.page.failure is None
+
+
+def test_presets_and_frames_move_the_sliders(at: Served) -> None:
+    controls = at.page.controls
+    controls.put({"jawOpen": 0.5, "eyeBlinkLeft": 2.0})
+    assert controls._coefficients["jawOpen"].value == 0.5 and controls._coefficients["eyeBlinkLeft"].value == 1.0
+    controls._within.value = False
+    assert controls.scene().expression == {"jawOpen": 0.5, "eyeBlinkLeft": 1.0}
+    controls._take(7)
+    subject = at.page.painter.subject
+    shown = controls.scene().condition(subject, at.page.painter.full)
+    np.testing.assert_allclose(shown.T_cam_head, subject.condition(7).T_cam_head, atol=2e-3)
+    controls.put({})
+    assert controls.scene().expression == {} and controls._presets.value == "Rest"
+    controls._within.value = True
+
+
+def test_the_clip_plays_by_its_own_times_and_begins_anew(at: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    controls, clock = at.page.controls, [100.0]
+    monkeypatch.setattr(controls, "_clock", lambda: clock[0])
+    controls._frame.value = 0
+    controls._toggle()
+    times = at.page.painter.subject.clip.times
+    clock[0] += float(times[5] - times[0]) + 1e-4
+    controls.advance()
+    assert controls._frame.value == 5 and controls.scene().drive == "clip"
+    clock[0] += float(times[-1] - times[0]) + 1e-3
+    controls.advance()
+    assert controls._frame.value == 4
+    controls._toggle()
+    clock[0] += 10
+    controls.advance()
+    assert controls._frame.value == 4
+
+
+def test_held_out_frames_are_told_in_words(at: Served) -> None:
+    controls, subject = at.page.controls, at.page.painter.subject
+    for frame, words in ((0, "training saw it"), (int(subject.test_frames[0]), "held out")):
+        controls._frame.value = frame
+        controls.tell_frame()
+        assert words in controls._about_frame.content
+
+
+def test_recordings_that_cannot_be_written_are_refused_before(at: Served) -> None:
+    page, folder = at.page, at.page.painter.subject.subject.root / "recordings"
+    folder.write_text("in the way")
+    try:
+        with pytest.raises(HeadcastError) as refused:
+            page._check_place()
+        assert isinstance(refused.value, StageError) and "this browser" in refused.value.fix
+    finally:
+        folder.unlink()
+    page._check_place()
+    assert list(folder.iterdir()) == []
+
+
+def test_the_command_says_where_it_is_and_ends_when_asked(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(variable, raising=False)
+    said: list[str] = []
+    options = {"host": "127.0.0.1", "port": 0, "threads": 1, "report": said.append, "stop_requested": lambda: True}
+    document = view(data.root, "anna", open_browser=True, **options)
+    port = int(document["url"].rpartition(":")[2])
+    assert document["url"] == f"http://localhost:{port}"
+    text = "\n".join(said)
+    assert document["url"] in text and f"ssh -L {port}:127.0.0.1:{port} " in text
+    assert "There is no browser here" in text
+
+
+def test_a_browser_is_opened_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    class Browser:
+        def open(self, url: str) -> bool:
+            opened.append(url)
+            return True
+
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(session.webbrowser, "get", Browser)
+    assert "opens" in session._open("http://localhost:1") and opened == ["http://localhost:1"]
+    monkeypatch.setattr(session.webbrowser, "get", lambda: (_ for _ in ()).throw(session.webbrowser.Error()))
+    assert "no browser" in session._open("http://localhost:1")
+
+
+@pytest.mark.parametrize("fault", ["no such subject", "no trained avatar", "of another schema", "busy port", "threads"])
+def test_what_cannot_be_viewed_is_told(data: Dataset, tmp_path: Path, fault: str) -> None:
+    options, words = {"subject": "anna", "port": 0}, fault
+    with contextlib.ExitStack() as stack:
+        if fault == "no such subject":
+            options["subject"], words = "nobody", "nobody"
+        elif fault == "no trained avatar":
+            options["subject"] = "bert"
+        elif fault == "of another schema":
+            path = data.existing("anna").stage("train") / "avatar.json"
+            stack.callback(path.write_bytes, path.read_bytes())
+            path.write_text(json.dumps({**json.loads(path.read_bytes()), "schema": 99}))
+            words = "has schema 99"
+        elif fault == "busy port":
+            taken = stack.enter_context(contextlib.closing(session.listen("127.0.0.1", 0, "")))
+            options["port"] = taken.getsockname()[1]
+            words = f"Port {options['port']} is busy"
+        else:
+            options["threads"], words = 0, "--threads is 0"
+        with pytest.raises(UserError, match=words) as refused:
+            View(data=data.root, **options).answer()
+        assert refused.value.fix
+
+
+def test_the_ssh_line_goes_to_where_it_listens(at: Served) -> None:
+    assert f"{at.port}:127.0.0.1:{at.port}" in ssh_line(at)
+    assert "192.0.2.7:8080" in ssh_line(Served(at.page, at.server, "192.0.2.7", 8080))
