@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.dataset import Dataset, Subject, subject_name_for
+from pipeline.dataset import Dataset, Subject, sha256_file, subject_name_for
 from pipeline.errors import UserError
 from pipeline.progress import Reporter
 from pipeline.run import RunRequest
@@ -214,6 +214,14 @@ def driver_name(drive: str) -> str:
     return drive if Path(drive).name == drive and not Path(drive).suffix else subject_name_for(Path(drive))
 
 
+def _same_file(path: Path, subject: Subject) -> bool:
+    """Whether a video has the bytes of a subject's only clip, such as a copy of it."""
+    paths = source_paths(subject) if (subject.source / "source.json").is_file() else []
+    if len(paths) != 1 or not (path.is_file() and paths[0].is_file()):
+        return False
+    return path.stat().st_size == paths[0].stat().st_size and sha256_file(path) == sha256_file(paths[0])
+
+
 def run_for_driver(path: Path, data: Path, device: str, threads: int) -> RunRequest:
     """The run that makes a fitted subject of a driver's video, or brings the one of its name up to date.
 
@@ -226,7 +234,7 @@ def run_for_driver(path: Path, data: Path, device: str, threads: int) -> RunRequ
     how: dict[str, Any] = {"data": data, "subject": subject.name, "last": "fit", "device": device, "threads": threads}
     try:
         check_sources([path])
-        registered = is_registered(subject, [path])
+        registered = is_registered(subject, [path]) or _same_file(path, subject)
     except UserError as error:
         raise UserError(error.what, KINDS) from None
     if registered:

@@ -39,7 +39,7 @@ MAIN = {
 """What people look at: the mean of some coefficients each."""
 NOT_SCORED = ("tongueOut",)
 """The landmarker gives no score for these."""
-STILL = 0.02
+STILL = 0.05
 """A coefficient that varies less than this (standard deviation) has nothing to correlate with."""
 OWN_FRAMES, PORTRAIT_FRAMES = 100, 24
 """Frames of the avatar's own clip that are rendered again, and from which faces are recognised."""
@@ -274,7 +274,8 @@ def metrics_text(metrics: dict[str, Any]) -> str:
         known = {what: value for what, value in expression["correlation"].items() if value is not None}
         text += f", correlation {', '.join(f'{what} {value:.2f}' for what, value in known.items())}." if known else "."
         beside = f"; {own['pose']['error_degrees']:.1f} for its own clip" if own else ""
-        text += f" The head is {pose['error_degrees']:.1f} degrees off ({pose['at_rest_degrees']:.1f} if nothing moved{beside})."
+        off, still = pose["error_degrees"], pose["at_rest_degrees"]
+        text += f" The head is {off:.1f} degrees off ({still:.1f} if nothing moved{beside})."
     if "identity_lacks" in metrics:
         return f"{text} Whom it shows was not measured: {metrics['identity_lacks']}."
     told = {what: metrics["identity"][what] for what in ("result", "clip", "rendered", "driver")}

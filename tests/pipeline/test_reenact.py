@@ -21,7 +21,7 @@ from pipeline.dataset import Dataset
 from pipeline.errors import HeadcastError, Interrupted, StageError, SubjectBusy, UserError
 from pipeline.metrics import psnr
 from pipeline.progress import SilentReporter
-from pipeline.reenact import Plan, ReenactRequest, Scene, check_reenact, reenact, request_of
+from pipeline.reenact import Plan, ReenactRequest, Scene, check_reenact, driver_run, reenact, request_of
 from pipeline.sound import read_sound
 from pipeline.source import register_source
 
@@ -233,6 +233,139 @@ def test_what_was_never_shown_is_told(dataset: Dataset) -> None:
     account = reenact(plan_of(dataset))
     assert list(account["limits"]) == ["jawOpen"]
     assert f"is guessed, and eased: jawOpen in {account['limits']['jawOpen']['frames']} frames." in account["text"]
+
+
+def table_of(dataset: Dataset, path: Path) -> Path:
+    """What bert's fit says, as a plain table."""
+    driver = plan_of(dataset).driver
+    performance = driver.performance(read_fit(dataset.subject("bert"))["expression_names"].tolist())
+    lines = [",".join(("time", *performance.names))]
+    for time, row in zip(driver.times, performance.values, strict=True):
+        lines.append(",".join(f"{number:.9g}" for number in (time, *row)))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_table_of_the_same_numbers_drives_alike(dataset: Dataset, tmp_path: Path) -> None:
+    table = table_of(dataset, tmp_path / "take 1.csv")
+    plan = plan_of(dataset, drive=str(table))
+    assert plan.out == dataset.root / "anna/reenact/take-1.mp4"
+    by_table, by_subject = (Scene.of(each, SilentReporter()) for each in (plan, plan_of(dataset)))
+    for name in ("expression", "eyes", "T_cam_head", "T_cam_torso"):
+        a, b = (getattr(scene.renderer.conditions, name) for scene in (by_table, by_subject))
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    account = reenact(plan)
+    assert (account["frames"], account["sound"], account["fps"]) == (FRAMES, False, "30000/1001")
+    assert set(account["keys"]) == {"avatar"}
+    assert reenact(plan_of(dataset, drive=str(table))) == account
+    table.write_text(table.read_text().replace("time", "TIME"))
+    with pytest.raises(UserError, match="is there already"):
+        plan_of(dataset, drive=str(table))
+
+
+def test_a_file_gives_its_sound_from_the_drivers_first_frame_on(dataset: Dataset, tmp_path: Path) -> None:
+    sound = write_tone(tmp_path / "voice.mp4", begins=0.6, seconds=1.5, fps=FPS)
+    alone = tmp_path / "voice.m4a"
+    with av.open(str(sound)) as given, av.open(str(alone), "w", format="ipod") as taken:
+        stream = taken.add_stream_from_template(given.streams.audio[0])
+        for packet in given.demux(given.streams.audio[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                taken.mux(packet)
+    table = table_of(dataset, tmp_path / "bert.csv")
+    for path in (sound, alone):
+        plan = plan_of(dataset, drive=str(table), sound=path, first_frame=6, force=True)
+        assert reenact(plan)["sound"]
+        heard = np.concatenate(list(read_sound(plan.out, 0.0, float(18 / FPS))))
+        assert onset(heard) == pytest.approx(0.6 - float(6 / FPS), abs=0.02)
+
+
+def test_rest_can_be_named(dataset: Dataset) -> None:
+    plan = plan_of(dataset, neutral_frame=5)
+    scene = Scene.of(plan, SilentReporter())
+    own = scene.own
+    np.testing.assert_allclose(scene.wanted[5], own.neutral, atol=1e-4)  # times are rounded
+    assert plan.product.key() != plan_of(dataset).product.key()
+
+
+def test_metrics_are_added_to_a_video_that_is_there(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INSIGHTFACE_HOME", str(dataset.root / "none"))
+    account = reenact(plan_of(dataset))
+    made = (dataset.root / "anna/reenact/bert.mp4").stat().st_mtime_ns
+    plan = plan_of(dataset, metrics=True)
+    assert plan.finished() is None
+    measured = reenact(plan)
+    assert (dataset.root / "anna/reenact/bert.mp4").stat().st_mtime_ns == made
+    assert {**measured, "metrics": None, "text": None} == {**account, "metrics": None, "text": None}
+    metrics = measured["metrics"]
+    assert metrics["found"] > 0.9
+    assert metrics["pose"]["error_degrees"] < metrics["pose"]["at_rest_degrees"]  # bert is anna's double
+    assert metrics["own"]["frames"] > 20
+    assert "no face recognition model" in measured["text"]
+    assert plan_of(dataset, metrics=True).finished() == measured
+    assert left_over(dataset) == ["bert.json", "bert.mp4"]
+
+
+def test_a_video_is_a_subject_before_it_drives(dataset: Dataset, tmp_path: Path) -> None:
+    """One that is registered drives as that subject; a new one, and one whose name is taken, are told apart."""
+    source = dataset.root / "bert/source/bert.mp4"
+    request = request_of(data=dataset.root, avatar="anna", drive=str(source))
+    run = driver_run(request)
+    assert run is not None
+    assert (run.subject, run.videos, run.last) == ("bert", (), "fit")
+    assert check_reenact(request).product.key() == plan_of(dataset).product.key()
+    new = write_tone(tmp_path / "carl 2.mp4", begins=0.1, seconds=0.5, fps=FPS)
+    request = request_of(data=dataset.root, avatar="anna", drive=str(new))
+    run = driver_run(request)
+    assert run is not None
+    assert (run.subject, run.videos, run.last) == ("carl-2", (new,), "fit")
+    with pytest.raises(UserError, match="is not tracked yet"):
+        check_reenact(request)
+    other = write_tone(tmp_path / "bert.mp4", begins=0.1, seconds=0.5, fps=FPS)
+    with pytest.raises(UserError, match="would become the subject 'bert', who was made from another video"):
+        driver_run(request_of(data=dataset.root, avatar="anna", drive=str(other)))
+    for drive, avatar in ((new, "bert"), (new, "carl")):  # told before the video is worked on
+        with pytest.raises(UserError, match=r"has no trained avatar|No subject"):
+            driver_run(request_of(data=dataset.root, avatar=avatar, drive=str(drive)))
+    assert driver_run(request_of(data=dataset.root, avatar="anna", drive="bert")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fields", "message"),
+    [
+        ("t.csv", "time,jawOpn\n0,0\n", {}, "unknown column 'jawOpn'"),
+        ("t.csv", "time,jawOpen\n0,nan\n", {}, "'nan' is no finite number"),
+        ("t.csv", "jawOpen,jawLeft\n0,0\n0,0\n", {"fps": 25}, None),
+        ("t.csv", "jawOpen,jawLeft\n0,0\n0,0\n", {"fps": 25, "beside": True}, "no picture of 't' to show beside"),
+        (
+            "t.csv",
+            "jawOpen,jawLeft\n0,0\n0,0\n",
+            {"fps": 25, "neutral_frame": 2},
+            "cannot be its rest: it has",
+        ),
+        ("t.csv", "jawOpen,jawLeft\n0,0\n0,0\n", {"fps": 0}, "fps 0 does not fit"),
+        ("t.csv", "jawOpen,jawLeft\n0,0\n0,0\n", {"fps": 25, "sound": "t.csv"}, "is not a video that can be read"),
+        ("t.txt", "jawOpen,jawLeft\n0,0\n", {}, "is not a video that can be read"),
+        ("t.png", "no picture", {}, "single image"),
+        (None, "", {"drive": "none.csv"}, "cannot be a subject name, and there is no such file"),
+        (None, "", {"drive": "bert", "fps": 25}, "--fps says how many rows a second a CSV file has"),
+    ],
+)
+def test_bad_drivers_are_refused_in_words(
+    dataset: Dataset, tmp_path: Path, name: str | None, text: str, fields: dict[str, Any], message: str | None
+) -> None:
+    given = dict(fields)
+    if name is not None:
+        (tmp_path / name).write_text(text)
+        given["drive"] = str(tmp_path / name)
+    if "sound" in given:
+        given["sound"] = tmp_path / given["sound"]
+    if message is None:
+        assert len(plan_of(dataset, **given).driver.times) == 2
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        plan_of(dataset, **given)
+    assert caught.value.fix
 
 
 def _unfit(dataset: Dataset) -> None:
