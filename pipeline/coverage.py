@@ -103,11 +103,7 @@ class Coverage:
         train, test = (span[usable[span]] for span in spans)
         if not len(train) or not len(test):
             return None
-        yaw, pitch = head_angles_deg(poses)
-        x, y = poses[:, 0, 1], poses[:, 1, 1]
-        gaze = np.degrees(eyes.mean(1))
-        angles = {"yaw": yaw, "pitch": pitch, "roll": np.degrees(np.arctan2(x, -y))}
-        return Coverage(names, expression, {**angles, "gaze yaw": gaze[:, 1], "gaze pitch": gaze[:, 0]}, train, test)
+        return Coverage(names, expression, angles_deg(poses, eyes), train, test)
 
     def ranges(self) -> list[Range]:
         """Of every coefficient what was seen."""
@@ -199,6 +195,17 @@ class Coverage:
         unit = float(np.median(among)) if among else 0.0
         distances = np.array([distance for distance, _ in found])
         return distances / (unit or 1.0), self.train[[place for _, place in found]]
+
+
+def angles_deg(
+    Ts_cam_head: NDArray[np.floating[Any]], eyes: NDArray[np.floating[Any]]
+) -> dict[str, NDArray[np.float64]]:
+    """The angles named in `DIRECTIONS` [T], from heads' poses [T,4,4] and rotation vectors of both eyes [T,2,3]."""
+    yaw, pitch = head_angles_deg(Ts_cam_head)
+    x, y = Ts_cam_head[:, 0, 1], Ts_cam_head[:, 1, 1]
+    gaze = np.degrees(eyes.mean(1, dtype=np.float64))
+    roll = np.degrees(np.arctan2(x, -y)).astype(np.float64)
+    return {"yaw": yaw, "pitch": pitch, "roll": roll, "gaze yaw": gaze[:, 1], "gaze pitch": gaze[:, 0]}
 
 
 def _nearest(row: NDArray[np.float64], rows: NDArray[np.float64]) -> tuple[float, int]:

@@ -39,6 +39,9 @@ class Export(Common):
     arkit: head mesh (OBJ, GLB with morph targets) and Gaussians as 52 ARKit blendshapes.
     Example: headcast export ada --to arkit --set gaussians=ply
 
+    rerun: frames, landmarks, alpha, head, Gaussians and curves as a recording for the rerun viewer.
+    Example: headcast export ada --to rerun --set every=2 --set splats=10
+
     web: a page that plays and drives the avatar in any browser; a folder for a web server, and a single file.
     """
 

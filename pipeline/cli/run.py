@@ -50,9 +50,34 @@ class Run(Common):
     """Stop after this stage (decode, track, matte, fit, train, evaluate, export)."""
     set: Settings = ()
     """Change a setting, for example --set train.steps=500; may be given several times (docs/settings.md lists all)."""
+    rerun: bool = False
+    """When it is done, write a recording of it all for the rerun viewer (headcast export SUBJECT --to rerun)."""
 
     def answer(self) -> Answer:
-        return carry_out(self.request())
+        request = self.request()
+        if not self.rerun:
+            return carry_out(request)
+        from pipeline.exports import TARGETS
+        from pipeline.exports.rerun import require
+
+        require()  # before hours of work
+        *before, needed = TARGETS["rerun"].stages
+        if self.last in before:
+            raise UserError(
+                f"A recording needs stage '{needed}', and --to {self.last} stops before it.", "leave it away"
+            )
+        document, text, code = carry_out(request)
+        if code == 0:
+            document |= {"recording": str(self._record(document["subject"]))}
+        return document, text, code
+
+    def _record(self, name: str) -> Path:
+        from pipeline.exports.rerun import record
+        from pipeline.progress import default_reporter
+        from pipeline.run import stop_signals
+
+        with stop_signals() as stop_requested:
+            return record(self.data, name, reporter=default_reporter(name), stop_requested=stop_requested)
 
     def request(self) -> Any:
         """The options as a `RunRequest`.

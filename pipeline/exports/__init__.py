@@ -59,6 +59,11 @@ TARGETS = {
         "a page that plays and drives the avatar in any browser: a folder and a single file",
         FITTED,
     ),
+    "rerun": Target(
+        "pipeline.exports.rerun",
+        "frames, landmarks, alpha, head, Gaussians and curves for the rerun viewer",
+        ("decode", "track", "matte", "fit", "train"),
+    ),
 }
 
 
