@@ -1,6 +1,7 @@
 """What of expressions, poses and gaze a clip showed in training, what held-out frames ask for, what was never shown.
 
-Angles are degrees as the camera sees them; turning and tilting left means the subject's left.
+Angles are degrees as the camera sees them, with the signs of docs/conventions.md and `pipeline.api.Pose`: down, to the
+subject's left and left ear up are positive.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ACTIONS = (
 DIRECTIONS = {
     "yaw": ("turned left", "turned right", 15.0),
     "pitch": ("looked down", "looked up", 10.0),
-    "roll": ("tilted the head left", "tilted the head right", 8.0),
+    "roll": ("tilted the head right", "tilted the head left", 8.0),
     "gaze yaw": ("turned the eyes left", "turned the eyes right", 10.0),
     "gaze pitch": ("turned the eyes down", "turned the eyes up", 8.0),
 }
@@ -49,7 +50,7 @@ DIRECTIONS = {
 FORMS = {
     "yaw": ("turned {:.0f}° left", "turned {:.0f}° right"),
     "pitch": ("facing {:.0f}° down", "facing {:.0f}° up"),
-    "roll": ("tilted {:.0f}° left", "tilted {:.0f}° right"),
+    "roll": ("tilted {:.0f}° right", "tilted {:.0f}° left"),
     "gaze yaw": ("eyes {:.0f}° left", "eyes {:.0f}° right"),
     "gaze pitch": ("eyes {:.0f}° down", "eyes {:.0f}° up"),
 }
@@ -204,7 +205,7 @@ def angles_deg(
     yaw, pitch = head_angles_deg(Ts_cam_head)
     x, y = Ts_cam_head[:, 0, 1], Ts_cam_head[:, 1, 1]
     gaze = np.degrees(eyes.mean(1, dtype=np.float64))
-    roll = np.degrees(np.arctan2(x, -y)).astype(np.float64)
+    roll = np.degrees(np.arctan2(-x, -y)).astype(np.float64)
     return {"yaw": yaw, "pitch": pitch, "roll": roll, "gaze yaw": gaze[:, 1], "gaze pitch": gaze[:, 0]}
 
 

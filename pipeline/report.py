@@ -466,14 +466,14 @@ def _pose_charts(coverage: Coverage) -> list[Chart]:
         ("Where the eyes turned in the head", "gaze yaw", "gaze pitch", (-20.0, 20.0), (-15.0, 15.0)),
     )
     for title, turn, nod, across, up in kinds:
-        # Seen as in a mirror: what is turned to the subject's left is drawn at the left.
-        x, y = -coverage.angles[turn], coverage.angles[nod]
+        # As in the picture: the subject's left at the right, down below.
+        x, y = coverage.angles[turn], coverage.angles[nod]
         clouds = [
             Line(label, list(zip(x[frames].tolist(), y[frames].tolist(), strict=True)), colour, dots=True)
             for label, frames, colour in (("Training frames", coverage.train, 1), ("Held-out frames", coverage.test, 2))
         ]
         about = f"In training: {coverage.span(turn)}, {coverage.span(nod)}."
-        axes = "degrees to the subject's left (−) and right (+)", "degrees up (−) and down (+)"
+        axes = "degrees to the subject's right (−) and left (+)", "degrees up (−) and down (+)"
         charts.append(chart(title, about, clouds, *axes, across=across, up=up, turned=True))
     return [one for one in charts if one is not None]
 

@@ -122,6 +122,7 @@ def _write_compact(run: StageRun, held_out: HeldOut) -> tuple[dict[str, Any], st
 def _write_baked(run: StageRun, clip: Clip, train: NDArray[np.int64], held_out: HeldOut) -> tuple[dict[str, Any], str]:
     """Bake the avatar, or take what an interrupted run baked; its figures, and in words what it costs."""
     import gzip
+    from dataclasses import replace
 
     from pipeline.avatars import DESCRIPTION, WEIGHTS
     from pipeline.export import mean_psnr
@@ -144,6 +145,7 @@ def _write_baked(run: StageRun, clip: Clip, train: NDArray[np.int64], held_out: 
         "loss_db": round(loss, 4),
         "loss_by_face_db": round(loss_by_face, 4),
         "psnr": {name: round(value, 4) for name, value in psnr.items()},
+        "render_fps": round(replace(held_out.renderer, avatar=baked).fps(held_out.frames), 1),
         "psnr_against_full": round(mean_psnr(pictures["full"], pictures["baked"]), 4),
         "shapes": len(baked.offset),
         "bytes_packed": packed,
@@ -232,7 +234,7 @@ def _megabytes(*paths: Path) -> str:
 
 STAGE = Stage(
     name="export",
-    version=3,
+    version=4,
     inputs=("decode", "matte", "fit", "train"),
     run=run,
     reads=("train.resolution", "evaluate.holdout", "evaluate.min_holdout_frames"),

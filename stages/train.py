@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.training import Entry, Trainer
 
 CHECKPOINT_SECONDS = 10.0
-PREVIEW_SECONDS = 5.0
+PREVIEW_SECONDS, LOGGED_PREVIEW_SECONDS = 5.0, 20.0
 LOG_STEPS = 100
 FEW_FRAMES = 30
 GOOD_PSNR, FAIR_PSNR = 28.0, 24.0
@@ -135,7 +135,7 @@ def training_log(run: StageRun, step: int) -> Iterator[EventLog | None]:
 
 def optimise(run: StageRun, trainer: Trainer, log: EventLog | None) -> None:
     """Take all steps, with a checkpoint and a preview every few seconds."""
-    begun = saved = shown = time.monotonic()
+    begun = saved = shown = logged = time.monotonic()
     with run.reporter.task("train", run.config.train.steps, "steps", trainer.step_count) as task:
         while not trainer.finished:
             trainer.step()
@@ -151,7 +151,9 @@ def optimise(run: StageRun, trainer: Trainer, log: EventLog | None) -> None:
                 trainer.save_checkpoint(run.scratch)
                 saved = now
             if now - shown >= PREVIEW_SECONDS:
-                write_preview(run, trainer, log)
+                due = now - logged >= LOGGED_PREVIEW_SECONDS
+                write_preview(run, trainer, log if due else None)
+                logged = now if due else logged
                 if shown == begun:
                     run.reporter.message(
                         f"train: truth and avatar so far, anew every few seconds: {run.work}/preview.jpg"
