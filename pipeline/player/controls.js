@@ -23,7 +23,7 @@ const PRESETS = {
   Closed: { eyeBlink: 1 },
   Wink: { eyeBlinkLeft: 1, mouthSmileLeft: 0.5, cheekSquintLeft: 0.4 },
 };
-const HEAD_DEGREES = [["Nod", 25], ["Turn", 35], ["Tilt", 25]];
+const HEAD = ["Nod", "Turn", "Tilt"], HEAD_DEGREES = { beyond: 4, least: 8, most: 35 };
 const BACKGROUNDS = ["studio", "white", "grey", "black", "green"];
 const SLIDERS_EVERY_MS = 100;
 
@@ -90,8 +90,9 @@ function buildSliders(player) {
 
   const head = addGroup("Head");
   let angles = new Float64Array(3);
-  HEAD_DEGREES.forEach(([label, most], axis) =>
-    addRow(head, label, `head${label}, degrees`, -most, most, () => angles[axis], (value) => {
+  const turned = furthestTurns(player);
+  HEAD.forEach((label, axis) =>
+    addRow(head, label, `head${label}, degrees`, -turned[axis], turned[axis], () => angles[axis], (value) => {
       angles[axis] = value;
       setHeadAngles(angles);
     }),
@@ -121,6 +122,16 @@ function buildSliders(player) {
   };
 }
 
+/* Degrees that the head may turn about each axis: a little further than in the clip, as what was not filmed looks odd. */
+function furthestTurns(player) {
+  const { beyond, least, most } = HEAD_DEGREES, furthest = [0, 0, 0];
+  for (let frame = 0; frame < clip.state.frames; frame++) {
+    const angles = headAngles({ rest: player.rest, drive: clip.driveOf(frame) });
+    for (let axis = 0; axis < 3; axis++) furthest[axis] = Math.max(furthest[axis], Math.abs(angles[axis]));
+  }
+  return furthest.map((angle) => Math.round(Math.min(most, Math.max(least, angle + beyond))));
+}
+
 function buildSearch(rows, groups) {
   const search = element("search");
   search.placeholder = `Search ${rows.length} sliders`;
@@ -136,6 +147,16 @@ function buildSearch(rows, groups) {
     });
     if (!words.length) open = null;
   };
+}
+
+/* Tell the player where panel and bar leave the canvas free. */
+function layOut(player) {
+  // The ragged edge below the shoulders lies behind the bar, or the sheet.
+  const bar = element("bar").getBoundingClientRect(), panel = element("panel").getBoundingClientRect();
+  const bare = document.body.classList.contains("bare"), sheet = media("(max-width: 700px)");
+  const foot = sheet && !bare ? panel.top + 24 : (bar.top + bar.bottom) / 2, top = sheet ? 56 : 0;
+  player.free = [0, top, sheet || bare ? window.innerWidth : panel.left, Math.max(foot - top, 1)];
+  player.look();
 }
 
 /* Play and timeline, the camera's button, reset, background, theme, the panel; and their keys. */
@@ -186,10 +207,11 @@ function buildBar(player) {
   const togglePanel = (shown) => {
     document.body.classList.toggle("bare", !shown);
     panel.setAttribute("aria-expanded", shown);
-    player.look();
+    layOut(player);
   };
   const flipPanel = () => togglePanel(document.body.classList.contains("bare"));
   togglePanel(!media("(max-width: 700px)"));
+  window.addEventListener("resize", () => layOut(player));
   element("reset").onclick = reset;
   element("background").onclick = nextBackground;
   element("theme").onclick = otherTheme;
@@ -221,7 +243,7 @@ function buildBar(player) {
   });
 }
 
-/* Orbit and zoom on the picture, by mouse, fingers and keys; and where the panel leaves it free. */
+/* Orbit and zoom on the picture, by mouse, fingers and keys. */
 function buildView(player) {
   const { canvas, orbit } = player, fingers = new Map();
   const middle = () => [...fingers.values()].reduce(([x, y], p) => [x + p[0] / fingers.size, y + p[1] / fingers.size], [0, 0]);
@@ -273,14 +295,6 @@ function buildView(player) {
     keys[event.key]();
     player.look();
   });
-
-  player.free = (width, height) => {
-    const foot = element("bar").offsetHeight + 16, panel = element("panel");
-    if (document.body.classList.contains("bare")) return [0, 0, width, height - foot];
-    if (media("(max-width: 700px)")) return [0, 0, width, height - foot - panel.offsetHeight];
-    return [0, 0, width - panel.offsetWidth - 16, height - foot];
-  };
-  player.look();
 }
 
 function make(tag, properties) {

@@ -1,8 +1,9 @@
 /* The baked avatar's formula (docs/avatars.md, "Baked avatar"; pipeline/avatars/baked.py is the same in Python).
  *
  * What depends on single Gaussians beside their means is done on the GPU (renderer.js): here are the weights of the
- * shapes, the joints' poses, and the means, which the order of drawing needs. No memory is taken per frame. */
+ * shapes, the joints' poses, and the means, which the order of drawing needs. */
 
+import { MeanBlend } from "./blend.js";
 import { invert, multiply, quaternionOf, rotvecOf, turning } from "./rigid.js";
 
 const LIMIT = 3; // poses, and all that correctives see, are held at so many deviations
@@ -29,8 +30,8 @@ export class BakedAvatar {
     this.bones = [0, 1, 2].map(() => new Float64Array(16));
     this.turns = [0, 1, 2].map(() => new Float64Array(4));
     this.shape = new Float64Array(this.torsoShapes);
-    this.resting = new Float32Array(3 * this.count); // means at rest, and as posed: x of all, y of all, z of all
-    this.means = new Float32Array(3 * this.count);
+    this.resting = new MeanBlend(arrays.means, arrays.motion, this.motions);
+    this.means = new Float32Array(3 * this.count); // as posed: x of all, y of all, z of all
     this.scratch = [0, 1, 2].map(() => new Float64Array(16));
     this.eyeLook = ["Left", "Right"].map((side) =>
       Object.fromEntries(Object.keys(GAZE_RANGE).map((way) => [way, this.names.indexOf(`eyeLook${way}${side}`)])),
@@ -137,34 +138,20 @@ export class BakedAvatar {
 
   /* Means at rest with the shapes of motion, then moved by the joints. */
   #moveMeans() {
-    const { count: N, resting, means, motionWeights: w, arrays } = this;
-    const planes = arrays.motion, [head, torso, skull] = this.bones, shares = arrays.joints;
-    resting.set(arrays.means);
-    for (let c = 0; c < 3; c++)
-      for (let g = 0; g < this.motions; g += 8) addShapes(resting, c * N, N, planes, 6 * N, w, g, this.motions, c);
+    const { count: N, resting, means, arrays: { joints } } = this, { values, stride } = resting;
+    const [head, torso, skull] = this.bones;
+    resting.blend(this.motionWeights);
     for (let i = 0; i < N; i++) {
-      const x = resting[i], y = resting[N + i], z = resting[2 * N + i];
-      const b = shares[2 * i] / 255, s = shares[2 * i + 1] / 255, a = 1 - b - s;
+      const x = values[i], y = values[stride + i], z = values[2 * stride + i];
+      const b = joints[2 * i] / 255, s = joints[2 * i + 1] / 255, a = 1 - b - s;
       for (let r = 0; r < 3; r++) {
         const k = 4 * r;
-        let value = a * (head[k] * x + head[k + 1] * y + head[k + 2] * z + head[k + 3]);
+        let value = 0;
+        if (a) value += a * (head[k] * x + head[k + 1] * y + head[k + 2] * z + head[k + 3]);
         if (b) value += b * (torso[k] * x + torso[k + 1] * y + torso[k + 2] * z + torso[k + 3]);
         if (s) value += s * (skull[k] * x + skull[k + 1] * y + skull[k + 2] * z + skull[k + 3]);
         means[r * N + i] = value;
       }
     }
   }
-}
-
-/* out[at..at+n] += up to eight shapes' planes of column c, from shape g on. Eight at once: most of a frame's time is
- * spent here, and each pass over `out` costs. */
-function addShapes(out, at, n, planes, stride, weights, g, shapes, c) {
-  const w = (k) => (g + k < shapes ? weights[6 * (g + k) + c] : 0);
-  const p = (k) => Math.min(g + k, shapes - 1) * stride + c * n; // beyond the last shape: its plane, which counts 0
-  const w0 = w(0), w1 = w(1), w2 = w(2), w3 = w(3), w4 = w(4), w5 = w(5), w6 = w(6), w7 = w(7);
-  const p0 = p(0), p1 = p(1), p2 = p(2), p3 = p(3), p4 = p(4), p5 = p(5), p6 = p(6), p7 = p(7);
-  for (let i = 0; i < n; i++)
-    out[at + i] +=
-      w0 * planes[p0 + i] + w1 * planes[p1 + i] + w2 * planes[p2 + i] + w3 * planes[p3 + i] +
-      w4 * planes[p4 + i] + w5 * planes[p5 + i] + w6 * planes[p6 + i] + w7 * planes[p7 + i];
 }

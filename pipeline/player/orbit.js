@@ -5,7 +5,7 @@ import { turning } from "./rigid.js";
 const MARGIN = 1.08; // of a framed picture
 const SHARE = 0.005; // of the Gaussians may lie outside on either side: strays do not shrink the rest
 const HEAD_MIDDLE = [0, 0.04, 0.05]; // metres in the head's axes
-const MOST_PITCH = 1.3, ZOOMS = [0.4, 12];
+const MOST_YAW = 1.4, MOST_PITCH = 1.1, ZOOMS = [0.4, 12];
 
 export class Orbit {
   /* `means` [3,N] at rest and the head's pose at rest. */
@@ -31,7 +31,7 @@ export class Orbit {
 
   /* Radians, to the subject's left and up. */
   turn(yaw, pitch) {
-    this.yaw = ((this.yaw + yaw + 3 * Math.PI) % (2 * Math.PI)) - Math.PI;
+    this.yaw = Math.min(MOST_YAW, Math.max(-MOST_YAW, this.yaw + yaw)); // nothing was filmed behind
     this.pitch = Math.min(MOST_PITCH, Math.max(-MOST_PITCH, this.pitch + pitch));
   }
 
@@ -50,10 +50,9 @@ export class Orbit {
   camera(width, height, free = [0, 0, width, height]) {
     const { low, high, pivot, up, made, turns: [aboutUp, aboutRight] } = this, view = made.view;
     const focal = Math.min(free[2] / (high[0] - low[0]), free[3] / (high[1] - low[1])) / MARGIN;
-    const middle = [0, 1].map((a) => free[a] + free[2 + a] / 2 - (focal * (low[a] + high[a])) / 2);
     Object.assign(made, { width, height, fx: focal, fy: focal });
-    made.cx = middle[0] + this.right * height;
-    made.cy = middle[1] + this.down * height;
+    made.cx = free[0] + free[2] / 2 - (focal * (low[0] + high[0])) / 2 + this.right * height;
+    made.cy = free[1] + free[3] - focal * high[1] + this.down * height; // the shoulders stand on its foot
 
     turning(this.yaw * up[0], this.yaw * up[1], this.yaw * up[2], aboutUp);
     const f = [0, 4, 8].map((r) => aboutUp[r] * pivot[0] + aboutUp[r + 1] * pivot[1] + aboutUp[r + 2] * pivot[2]);

@@ -19,7 +19,7 @@ export class Player {
     this.say = () => {};
     this.onUse = () => {};
     this.onShown = () => {}; // after a frame with another drive
-    this.free = (width, height) => [0, 0, width, height]; // of the canvas, where nothing lies over it
+    this.free = null; // [x, y, width, height] in px, where nothing lies over the canvas; null: all of it
     this.order = new Order(avatar.count);
     this.reset();
     avatar.pose({ ...this.rest, torso: null, torsoShape: null, skull: null });
@@ -122,7 +122,7 @@ export class Player {
   /* The camera that the canvas is drawn with. */
   camera() {
     const { width, height, clientWidth } = this.canvas, perPx = width / Math.max(clientWidth, 1);
-    return this.orbit.camera(width, height, this.free(width / perPx, height / perPx).map((px) => px * perPx));
+    return this.orbit.camera(width, height, this.free?.map((px) => px * perPx));
   }
 
   /* A picture, {width, height, pixels: RGBA bytes}, of a drive, by a camera as `camera()` gives it.
