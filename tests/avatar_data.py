@@ -109,7 +109,7 @@ def linear_avatar() -> BakedAvatar:
     middle = driven.frame(9)
     weights |= {f"neutral_{name}": value for name, value in middle._asdict().items()}
     weights |= {"neutral_expression": torch.zeros(E), "neutral_T_cam_skull": middle.T_cam_head}
-    weights |= {f"predictor_T_cam_{name}": torch.eye(4) for name in ("head", "torso")}
+    weights |= {"predictor_T_cam_head": middle.T_cam_head, "predictor_T_cam_torso": middle.T_cam_torso}
     weights["typical_head"] = middle.T_cam_head
     weights["typical_torso"] = invert_rigid(middle.T_cam_head) @ middle.T_cam_torso
     weights["drive_scale"] = torch.ones(sizes["D"])

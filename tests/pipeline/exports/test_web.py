@@ -54,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def exported(data: Dataset) -> Path:
-    plan = check_export(data.root, "anna", "web", threads=1)
+    plan = check_export(data.root, "anna", "web", options={"webcam": "false"}, threads=1)
     export(plan)
     return plan.product.path
 
@@ -211,7 +211,7 @@ def test_hostile_names_stay_text(baked: BakedAvatar, chromium: browser.Chromium,
 def test_it_fits_and_comes_back(
     data: Dataset, exported: Path, baked: BakedAvatar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    account = check_export(data.root, "anna", "web").product.finished()
+    account = check_export(data.root, "anna", "web", options={"webcam": "false"}).product.finished()
     assert account is not None
     assert account["packed_bytes"] == (exported / AVATAR).stat().st_size <= 3_000_000
     assert account["packing_db"] > 60
