@@ -721,7 +721,7 @@ def write_video(
 def write_webm(
     path: Path, frames: Iterable[NDArray[np.uint8]], fps: Fraction | float, *, crf: int = 18, threads: int = 2
 ) -> None:
-    """Write a WebM file with alpha, VP9 4:2:0, BT.709, as Chromium, Firefox and OBS show it over what is behind.
+    """Write a WebM file with alpha, VP9 4:2:0, BT.709, as browsers show it over what is behind.
 
     Args:
         path: the file, replaced at the end in one step.
