@@ -8,7 +8,7 @@ picture = anna.render({"jawOpen": 0.6, "mouthSmileLeft": 0.4}, pipeline.Pose(yaw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -176,11 +176,15 @@ class Avatar:
             pitch: degrees upwards.
             zoom: how many times nearer.
         """
+        return self.viewpoints(size)(yaw, pitch, zoom)
+
+    def viewpoints(self, size: int | tuple[int, int] = SIZE_PX) -> Callable[[float, float, float], Camera]:
+        """`camera` at any yaw, pitch and zoom for pictures of one size, which are framed once."""
         width, height = (size, size) if isinstance(size, int) else size
-        T_cam_head = self.model.neutral.T_cam_head.double().cpu().numpy()
         shown = slice(None) if self.fade is None else (self.fade > 0.5).cpu().numpy()
-        start = framing(self.rest_points[shown], width, height)
-        return orbit(start, self.pivot, up_of(T_cam_head), np.radians(yaw), np.radians(pitch), zoom)
+        start, pivot = framing(self.rest_points[shown], width, height), self.pivot
+        up = up_of(self.model.neutral.T_cam_head.double().cpu().numpy())
+        return lambda yaw, pitch, zoom: orbit(start, pivot, up, np.radians(yaw), np.radians(pitch), zoom)
 
     @property
     def pivot(self) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ import torch
 from pipeline.evaluation_figures import GAP_PX, PAPER, titled
 from pipeline.export import neutral_splats
 from pipeline.geometry import quaternion_to_matrix, transform_points
-from pipeline.viewpoint import angles_of
+from pipeline.viewpoint import ROOM, angles_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,8 +23,6 @@ VIEWS = ((-40, 0), (-20, 0), (0, 0), (20, 0), (40, 0), (0, 15), (0, -15))
 """Degrees of yaw and pitch in the strip."""
 SMILE = {"mouthSmileLeft": 0.7, "mouthSmileRight": 0.7, "cheekSquintLeft": 0.3, "cheekSquintRight": 0.3}
 TILE_PX = 256
-ROOM = 0.9
-"""Zoom that leaves room in the picture for what comes in from the sides as the camera goes round."""
 BOTTOM_BAND, OTHER_BAND = 0.08, 0.03
 """Shares of the crop's side over which the avatar fades at its lower edge, and at the others."""
 SEEN_SHARE = (1, 99)
@@ -87,7 +85,8 @@ def strip(avatar: Avatar, size: int = TILE_PX) -> NDArray[np.uint8]:
     """[H,W,3] the views of `VIEWS` side by side, at rest and below it smiling where the avatar can."""
     smile = {name: value for name, value in SMILE.items() if name in avatar.expression_names}
     names = [f"pitch {pitch:+d}" if pitch else f"yaw {yaw:+d}" if yaw else "as filmed" for yaw, pitch in VIEWS]
-    cameras = [avatar.camera(size, yaw, pitch, ROOM) for yaw, pitch in VIEWS]
+    look = avatar.viewpoints(size)
+    cameras = [look(yaw, pitch, ROOM) for yaw, pitch in VIEWS]
 
     def line(expression: dict[str, float] | None) -> NDArray[np.uint8]:
         driven: Any = avatar.condition(expression)

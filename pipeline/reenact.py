@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.colours import check_colour, colour_of
 from pipeline.dataset import Dataset, Subject, read_json, sha256_file, write_json
 from pipeline.drivers import (
     TABLE_SUFFIXES,
@@ -44,7 +44,6 @@ VERSION = 1
 FOLDER = "reenact"
 AVATAR_STAGES, DRIVE_STAGES = ("decode", "fit", "train"), ("decode", "fit")
 """Finished stages that are read of either subject; their keys are the video's provenance."""
-COLOURS = {"white": "ffffff", "black": "000000", "grey": "808080", "green": "00b140"}
 MIN_RESOLUTION, MAX_RESOLUTION = 16, 4096
 
 
@@ -91,9 +90,7 @@ class ReenactRequest(BaseModel):
     @field_validator("background")
     @classmethod
     def _is_colour(cls, value: str) -> str:
-        if value not in COLOURS and not re.fullmatch(r"#?[0-9a-fA-F]{6}", value):
-            raise ValueError(f"choose {', '.join(COLOURS)}, or give six hexadecimal digits such as 20242c")
-        return value
+        return check_colour(value)
 
     @model_validator(mode="after")
     def _in_order(self) -> ReenactRequest:
@@ -103,8 +100,7 @@ class ReenactRequest(BaseModel):
 
     def colour(self) -> tuple[float, ...]:
         """The background as sRGB in [0, 1]."""
-        digits = COLOURS.get(self.background, self.background).removeprefix("#")
-        return tuple(byte / 255 for byte in bytes.fromhex(digits))
+        return colour_of(self.background)
 
 
 def request_of(**fields: Any) -> ReenactRequest:

@@ -8,7 +8,6 @@ frames = list(turntable(pipeline.load_avatar("anna"), arc=60, expression={"mouth
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pipeline.camera_path import MAX_PITCH, MAX_YAW, MAX_ZOOM, MIN_ZOOM, CameraPath, PathFile, still
 from pipeline.camera_path import sway as sway_path
 from pipeline.camera_path import turntable as turntable_path
+from pipeline.colours import check_colour, colour_of
 from pipeline.dataset import Dataset
 from pipeline.errors import Interrupted, UserError
 from pipeline.keyframes import (
@@ -35,9 +35,8 @@ from pipeline.keyframes import (
 )
 from pipeline.products import Product, Sources, place_for
 from pipeline.progress import Reporter, SilentReporter
-from pipeline.reenact import COLOURS
 from pipeline.run import usable_cores
-from pipeline.viewpoint import Camera
+from pipeline.viewpoint import ROOM, Camera
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,8 +52,6 @@ MIN_SIDE, MAX_SIDE, MAX_FRAMES = 16, 4096, 20_000
 SECONDS, FPS, SIZE = 4.0, 30.0, (512, 512)
 YAW, PITCH = 10.0, 4.0
 """Degrees that an orbit goes to either side, up and down: as far as most avatars hold (docs/render.md)."""
-ROOM = 0.9
-"""Zoom of a camera that goes round: room for what comes in from the sides."""
 WHITE = (1.0, 1.0, 1.0)
 
 Drive = Callable[[float], "Condition"]
@@ -105,7 +102,7 @@ def turntable(
         expression: coefficients by name, the others at rest.
         seconds, fps, size, background: of the frames.
     """
-    path = turntable_path(lambda yaw, up, near: avatar.camera(size, yaw, up, near), arc, pitch, zoom)
+    path = turntable_path(avatar.viewpoints(size), arc, pitch, zoom)
     return film(avatar, path, _held(avatar, expression), _count(seconds, fps), fps, background)
 
 
@@ -122,7 +119,7 @@ def sway(
     background: Sequence[float] | None = WHITE,
 ) -> Iterator[NDArray[np.uint8]]:
     """Frames [H,W,3 or 4] of a camera that sways before an avatar by these degrees to either side; see `turntable`."""
-    path = sway_path(lambda side, up, near: avatar.camera(size, side, up, near), yaw, pitch, zoom)
+    path = sway_path(avatar.viewpoints(size), yaw, pitch, zoom)
     return film(avatar, path, _held(avatar, expression), _count(seconds, fps), fps, background)
 
 
@@ -252,10 +249,7 @@ class RenderRequest(BaseModel):
     @field_validator("background")
     @classmethod
     def _is_colour(cls, value: str) -> str:
-        if value not in ("transparent", *COLOURS) and not re.fullmatch(r"#?[0-9a-fA-F]{6}", value):
-            names = ", ".join(("transparent", *COLOURS))
-            raise ValueError(f"choose {names}, or give six hexadecimal digits such as 20242c")
-        return value
+        return check_colour(value, "transparent")
 
     @field_validator("size")
     @classmethod
@@ -273,10 +267,7 @@ class RenderRequest(BaseModel):
     @property
     def colour(self) -> tuple[float, ...] | None:
         """The background as sRGB in [0, 1]; None for a transparent one."""
-        if self.background == "transparent":
-            return None
-        digits = COLOURS.get(self.background, self.background).removeprefix("#")
-        return tuple(byte / 255 for byte in bytes.fromhex(digits))
+        return None if self.background == "transparent" else colour_of(self.background)
 
 
 @dataclass(frozen=True)
@@ -496,10 +487,7 @@ def _avatar(plan: RenderPlan) -> Avatar:
 def _path(plan: RenderPlan, avatar: Avatar) -> CameraPath:
     """Where the camera goes."""
     request, clip = plan.request, plan.subject.clip
-    width, height = request.size
-
-    def look(yaw: float, pitch: float, zoom: float) -> Camera:
-        return avatar.camera((width, height), yaw, pitch, zoom)
+    (width, height), look = request.size, avatar.viewpoints(request.size)
 
     def filmed(seconds: float, share: float) -> Camera:
         frame = _frame_at(plan, seconds) if plan.span else int(np.flatnonzero(clip.usable)[0])

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 FRAMING_MARGIN = 1.08
 FRAMED_SHARE = (0.5, 99.5)
 """Percentiles of the Gaussians' positions between which a picture is framed: strays do not shrink the rest."""
+ROOM = 0.9
+"""Zoom of a camera that goes round: room in the picture for what comes in from the sides."""
 UP_HEAD = np.array([0.0, 1.0, 0.0])
 HEAD_MIDDLE = (0.0, 0.04, 0.05)
 """Metres in the head's axes: between the ears and the face, above the head joint. Cameras go round it."""
