@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.avatars import DESCRIPTION, AvatarModel, Condition, conditions_of, splat
+from pipeline.avatars import DESCRIPTION, AvatarModel, Condition, conditions_of, splat, trained_resolution
 from pipeline.avatars import load_avatar as load_model
 from pipeline.avatars.rig import with_predicted_torso
 from pipeline.clip import Clip, load_clip, load_crops, split
@@ -27,7 +28,7 @@ from pipeline.gaze import eyes_of
 from pipeline.geometry import make_rigid, matrix_to_rotvec, rotvec_to_matrix, transform_points
 from pipeline.products import Sources
 from pipeline.rasterize import Render
-from pipeline.run import last_config
+from pipeline.run import used_settings
 from pipeline.viewpoint import HEAD_MIDDLE, Camera, framing, orbit, up_of
 
 if TYPE_CHECKING:
@@ -259,8 +260,7 @@ class LoadedSubject:
 
     def __init__(self, subject: Subject, resolution: int | None = None) -> None:
         self.subject, self.sources = subject, Sources.of(subject=(subject, STAGES))
-        description = read_json(subject.stage("train") / DESCRIPTION)
-        self.clip: Clip = load_clip(subject, resolution or int(description["training"]["resolution"]))
+        self.clip: Clip = load_clip(subject, resolution or trained_resolution(subject.stage("train")))
 
     def __repr__(self) -> str:
         return f"LoadedSubject({self.name}, {len(self)} frames, {int(self.clip.usable.sum())} usable)"
@@ -279,8 +279,8 @@ class LoadedSubject:
 
     @cached_property
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        config = last_config(self.subject)
-        return split(len(self), config.evaluate.holdout, config.evaluate.min_holdout_frames)
+        settings = used_settings(self.subject)
+        return split(len(self), settings["evaluate.holdout"], settings["evaluate.min_holdout_frames"])
 
     @property
     def train_frames(self) -> NDArray[np.int64]:
@@ -301,6 +301,19 @@ class LoadedSubject:
         values = self.clip.expression[self._checked(frame)].tolist()
         return dict(zip(self.clip.expression_names, values, strict=True))
 
+    def pose(self, frame: int) -> NDArray[np.float64]:
+        """`T_cam_head` [4,4]: how the head is held in a frame; `avatar.render` takes it."""
+        return self.clip.Ts_cam_head[self._checked(frame)]
+
+    @cached_property
+    def fps(self) -> Fraction:
+        """Frames a second of the clip; of several, the first one's.
+
+        Raises:
+            UserError: `frames.json` cannot be read.
+        """
+        return Fraction(read_json(self.subject.stage("decode") / "frames.json")["fps"])
+
     def camera(self, frame: int = 0) -> Camera:
         """The camera that took a frame, of its square training crop."""
         size = self.clip.resolution
@@ -313,6 +326,26 @@ class LoadedSubject:
             StageError: the matte stage's files of it cannot be read.
         """
         return load_crops(self.clip, [self._checked(frame)]).images[0]
+
+    def render(self, frame: int, avatar: Avatar | None = None) -> NDArray[np.uint8]:
+        """[R,R,3] a frame as an avatar shows it, its own by default: what `picture(frame)` is to be compared with.
+
+        It is the evaluation's render: over white, and white beyond the edge of the film as the picture is.
+
+        Raises:
+            UserError: the avatar cannot be read.
+        """
+        picture = (avatar or self._own_avatar).render(self.condition(frame), camera=self.camera(frame))
+        inside = self._inside[self.clip.cameras[frame]][..., None]
+        return np.asarray((255 + inside * (picture.astype(np.float32) - 255) + 0.5).astype(np.uint8))
+
+    @cached_property
+    def _inside(self) -> NDArray[np.float32]:
+        return self.clip.inside()
+
+    @cached_property
+    def _own_avatar(self) -> Avatar:
+        return self.avatar()
 
     @property
     def metrics(self) -> dict[str, Any]:

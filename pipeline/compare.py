@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.avatar_table import BEST, gain, table_lines
-from pipeline.config import flat
 from pipeline.dataset import Dataset, Subject, read_json, subject_name_for, write_json
 from pipeline.errors import Interrupted, StageError, UserError
 from pipeline.paired import PairedDifference, paired_difference
 from pipeline.products import Product, Sources, place_for
 from pipeline.progress import Reporter, SilentReporter
-from pipeline.run import last_config, usable_cores
+from pipeline.run import usable_cores, used_settings
 from pipeline.stage import read_manifest
 
 if TYPE_CHECKING:
@@ -204,26 +203,13 @@ def _split(subject: Subject, count: int) -> tuple[NDArray[np.int64], NDArray[np.
     """Training and held-out frames, as training was told."""
     from pipeline.clip import split
 
-    settings = run_settings(subject)
+    settings = used_settings(subject)
     return split(count, settings["evaluate.holdout"], settings["evaluate.min_holdout_frames"])
-
-
-def run_settings(subject: Subject) -> dict[str, Any]:
-    """`section.field` -> value of all that the subject's avatar depends on, as its stages recorded it.
-
-    What no manifest tells is taken from the settings of the last run.
-    """
-    settings = dict(flat(last_config(subject).model_dump()))
-    for stage in ("decode", "track", "matte", "fit", "train"):
-        config = (read_manifest(subject.stage(stage)) or {}).get("config") or {}
-        # Settings that a stage reads of other sections carry their section's name already.
-        settings |= {name if name in settings else f"{stage}.{name}": value for name, value in flat(config)}
-    return settings
 
 
 def settings_that_differ(subjects: Sequence[Subject]) -> dict[str, list[Any]]:
     """`section.field` -> each subject's value, where they are not all the same and the avatar depends on it."""
-    told = [run_settings(subject) for subject in subjects]
+    told = [used_settings(subject) for subject in subjects]
     rows = {name: [one.get(name) for one in told] for name in dict.fromkeys(name for one in told for name in one)}
     return {
         name: values

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.config import Config, Preset, configure, override, preset_config
+from pipeline.config import Config, Preset, configure, flat, override, preset_config
 from pipeline.dataset import (
     RUN_RECORD,
     Dataset,
@@ -51,7 +51,7 @@ from pipeline.source import (
     register_source,
     source_paths,
 )
-from pipeline.stage import Stage, State, inspect_stages, run_stage, storage_fix
+from pipeline.stage import Stage, State, inspect_stages, read_manifest, run_stage, storage_fix
 
 RUN_SCHEMA = 1
 LOCK_RETRY_SECONDS = 5.0
@@ -162,6 +162,19 @@ def last_config(subject: Subject) -> Config:
         raise UserError(
             f"'{record}' cannot be read as this version's settings.", "name a preset: headcast run VIDEO --preset quick"
         ) from None
+
+
+def used_settings(subject: Subject) -> dict[str, Any]:
+    """`section.field` -> value that a subject's avatar was made with, as the stages recorded it.
+
+    What no stage tells is taken from the settings of the last run.
+    """
+    settings = dict(flat(last_config(subject).model_dump()))
+    for stage in ("decode", "track", "matte", "fit", "train"):
+        config = (read_manifest(subject.stage(stage)) or {}).get("config") or {}
+        # What a stage reads of another section carries that section's name already.
+        settings |= {name if name in settings else f"{stage}.{name}": value for name, value in flat(config)}
+    return settings
 
 
 def prepare(request: RunRequest, stages: Sequence[Stage]) -> tuple[Subject, Config, list[Stage]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from reenact_data import write_dataset
 
 import pipeline
+from pipeline.dataset import Subject, read_json, write_json
 from pipeline.errors import UserError
 from pipeline.evaluation import ClipRenderer
 from pipeline.geometry import transform_points
@@ -33,6 +36,25 @@ def test_a_frames_own_condition_and_camera_give_the_evaluations_picture(anna: pi
     inside = anna.clip.inside()[0] == 1
     difference = np.abs(ours.astype(float) - 255 * theirs.image)[inside]
     assert inside.any() and difference.max() <= 0.51
+
+
+def test_a_subject_renders_its_frames_as_the_evaluation_does(anna: pipeline.LoadedSubject) -> None:
+    avatar, crop = anna.avatar(), (-20, 6, 64)
+    cut = pipeline.LoadedSubject(anna.subject)
+    cut.clip = cut.clip.recropped([crop])
+    for subject in (anna, cut):
+        theirs = ClipRenderer.of(avatar.model, subject.clip, 1).render(3)
+        assert np.abs(subject.render(3, avatar).astype(float) - 255 * theirs.image).max() <= 1.01
+    assert (cut.render(3)[:, :20] == 255).all(), "beyond the film's edge"
+    assert np.array_equal(anna.pose(3), anna.clip.Ts_cam_head[3]) and anna.fps == Fraction(30000, 1001)
+
+
+def test_what_training_was_told_decides_the_split(data: Path, tmp_path: Path) -> None:
+    subject = Subject(Path(shutil.copytree(data / "anna", tmp_path / "anna")))
+    manifest = subject.stage("train") / "stage.json"
+    told = {"config": {"evaluate.holdout": 0.5, "evaluate.min_holdout_frames": 1}}
+    write_json(manifest, read_json(manifest) | told)
+    assert pipeline.LoadedSubject(subject).test_frames.tolist() == list(range(12, 24))
 
 
 def test_pictures_change_with_expression_pose_and_camera(data: Path) -> None:

@@ -154,6 +154,18 @@ def test_intrinsics_follow_the_crop(tmp_path: Path) -> None:
     assert np.allclose(in_crop[:2] / in_crop[2], expected)
 
 
+def test_another_crop_shows_the_same_things_in_other_places(tmp_path: Path) -> None:
+    clip = load_clip(write_subject(tmp_path / "s"), resolution=40)
+    ((x0, y0, side),) = clip.crops
+    moved, half = clip.recropped([(x0 + 5, y0 + 3, side)]), clip.recropped([(x0 + 10, y0 + 10, side // 2)])
+    whole, part = (load_crops(each, [1]).images[0] for each in (clip, moved))
+    assert np.array_equal(part[:-3, :-5], whole[3:, 5:])
+    point = np.array([0.01, -0.02, 0.6])
+    places = [(each.Ks[0] @ point)[:2] / point[2] for each in (clip, moved, half)]
+    np.testing.assert_allclose(places[1], places[0] - [5, 3])
+    np.testing.assert_allclose(places[2], 2 * (places[0] - 10))
+
+
 def test_every_take_has_its_own_camera(tmp_path: Path) -> None:
     clip = load_clip(write_subject(tmp_path / "s", two_takes=True), resolution=20)
     one = load_clip(write_subject(tmp_path / "t"), resolution=20)
