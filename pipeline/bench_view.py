@@ -18,7 +18,7 @@ from pipeline.run import usable_cores
 from pipeline.viewer.controls import Controls
 from pipeline.viewer.guard import Guard, GuardedServer, listen
 from pipeline.viewer.picture import JPEG_QUALITY, Painter
-from pipeline.viewer.scene import Scene, camera_of, opening
+from pipeline.viewer.scene import Scene, camera_of
 from pipeline.viewer.session import LOOPBACK, one_tensor_thread
 from pipeline.viewpoint import orbit, up_of
 
@@ -80,7 +80,7 @@ def bench(data: Path, subject: str, threads: int | None, report: Callable[[str],
 
 
 def _measure(server: Any, painter: Painter, controls: Controls, fields: dict[str, Any]) -> dict[str, float]:
-    start = opening(painter.full)
+    start = painter.opening
     level = camera_of(np.array([1.0, 0, 0, 0]), start.position, start.fov, SIZE_PX, SIZE_PX)
     if level is None:
         raise ValueError(f"the first view of a subject is no camera: {start}")

@@ -19,7 +19,7 @@ from pipeline.products import Product, Sources, place_for
 from pipeline.viewer.controls import IN_BROWSER, Controls
 from pipeline.viewer.picture import JPEG_QUALITY, Painter, png
 from pipeline.viewer.recording import Recording
-from pipeline.viewer.scene import Scene, camera_of, opening, size_within
+from pipeline.viewer.scene import Scene, camera_of, size_within
 
 if TYPE_CHECKING:
     from pipeline.viewpoint import Camera
@@ -85,7 +85,7 @@ class Page:
         self.controls.photograph.on_click(lambda event: self._guarded(event.client, self._photograph))
         self.controls.record.on_click(lambda event: self._guarded(event.client, self._record))
         self.controls.centre.on_click(lambda event: self._centre(event.client))
-        self._opening = opening(painter.full)
+        self._opening = painter.opening
         start = server.initial_camera
         start.position, start.look_at, start.up = self._opening.position, self._opening.look_at, self._opening.up
         start.fov = self._opening.fov
@@ -204,7 +204,9 @@ class Page:
         rates = [sum(now - arrival < 1 for arrival in watcher.arrivals) for watcher in watchers]
         sizes = [watcher.shown[2] for watcher in watchers if watcher.shown is not None]
         size = " × ".join(map(str, sizes[-1])) if sizes else ""
-        text = f"{max(rates, default=0)} pictures a second · {1000 * self._last_seconds:.0f} ms each · {size}"
+        rate = max(rates, default=0)
+        pace = f"{rate} pictures a second" if rate > 1 else "still"
+        text = f"{pace} · {1000 * self._last_seconds:.0f} ms a picture · {size}"
         if self._guessed:
             text += "\nThe clip never showed this side: what is seen is a guess."
         if text != self._told[1]:

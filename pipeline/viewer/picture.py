@@ -19,7 +19,7 @@ from pipeline.geometry import project_points, transform_points
 from pipeline.mesh_render import lambert, rasterize_mesh, vertex_normals
 from pipeline.novel_views import HOLDS_DEG, angles_seen, soft_edge
 from pipeline.products import Sources
-from pipeline.viewer.scene import Scene, fitted
+from pipeline.viewer.scene import Opening, Scene, fitted, opening
 from pipeline.viewpoint import Camera, angles_of
 
 if TYPE_CHECKING:
@@ -107,6 +107,12 @@ class Painter:
         if isinstance(self.baked, HeadcastError):
             raise self.baked
         return self.baked
+
+    @cached_property
+    def opening(self) -> Opening:
+        """Where a viewer's camera begins."""
+        clip = self.subject.clip
+        return opening(self.full, clip.Ts_cam_head[clip.usable] if clip.usable.any() else clip.Ts_cam_head)
 
     @cached_property
     def head(self) -> HeadModel:

@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from pipeline.api import Avatar, LoadedSubject, Pose
-from pipeline.geometry import invert_rigid, make_rigid, matrix_to_rotvec, quaternion_to_matrix, rotvec_to_matrix
+from pipeline.geometry import (
+    invert_rigid,
+    make_rigid,
+    matrix_to_rotvec,
+    quaternion_to_matrix,
+    rotvec_to_matrix,
+    transform_points,
+)
 from pipeline.retarget import EYES, MOVE, OVERSHOOT, TURN, Performance, soft_limit
-from pipeline.viewpoint import FRAMED_SHARE, Camera
+from pipeline.viewpoint import FRAMED_SHARE, HEAD_MIDDLE, Camera
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -158,13 +165,20 @@ class Opening(NamedTuple):
     """Radians, from the picture's top to its bottom."""
 
 
-def opening(avatar: Avatar) -> Opening:
-    """The clip's camera, turned to the head's middle, as near as shows all of the head."""
-    pivot = avatar.pivot
-    heights = avatar.rest_points[:, 1] - pivot[1]
-    reach = OPENING_MARGIN * -np.percentile(heights, FRAMED_SHARE[0])
+def opening(avatar: Avatar, Ts_cam_head: Floats) -> Opening:
+    """The clip's camera, turned to the middle of where the head was, as near as shows all of it.
+
+    Args:
+        avatar: at rest it says how high the head is.
+        Ts_cam_head: [T,4,4] of the clip's usable frames.
+    """
+    middles = transform_points(Ts_cam_head, np.array(HEAD_MIDDLE)[None])[:, 0]
+    pivot = np.median(middles, 0)
+    moves = np.percentile(np.abs(middles[:, 1] - pivot[1]), FRAMED_SHARE[1])
+    top = avatar.pivot[1] - np.percentile(avatar.rest_points[:, 1], FRAMED_SHARE[0])
+    reach = OPENING_MARGIN * float(top) + float(moves)
     up = np.array([0.0, -1.0, 0.0])
-    return Opening(np.zeros(3), pivot, up, 2 * math.atan(float(reach) / float(np.linalg.norm(pivot))))
+    return Opening(np.zeros(3), pivot, up, 2 * math.atan(reach / float(np.linalg.norm(pivot))))
 
 
 def camera_of(wxyz: Floats, position: Floats, fov: float, width: int, height: int) -> Camera | None:

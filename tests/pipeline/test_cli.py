@@ -49,6 +49,7 @@ def test_help_teaches_every_command(tmp_path: Path) -> None:
         "assets",
         "demo",
         "bench",
+        "view",
         "reenact",
         "render",
     ):

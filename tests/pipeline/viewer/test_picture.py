@@ -13,7 +13,7 @@ import pipeline
 from pipeline.errors import HeadcastError, UserError
 from pipeline.novel_views import soft_edge
 from pipeline.viewer.picture import Painter, png
-from pipeline.viewer.scene import Scene, camera_of, fitted, opening
+from pipeline.viewer.scene import Scene, camera_of, fitted
 
 BLUE = (20, 40, 200)
 
@@ -25,7 +25,7 @@ def painter(tmp_path_factory: pytest.TempPathFactory) -> Painter:
 
 @pytest.fixture(scope="module")
 def camera(painter: Painter) -> pipeline.Camera:
-    start = opening(painter.full)
+    start = painter.opening
     found = camera_of(np.array([1.0, 0, 0.05, 0]), np.array([0.02, 0, 0]), start.fov, 120, 90)
     assert found is not None
     return found

@@ -107,10 +107,12 @@ def test_a_fitted_camera_shows_all_in_the_middle(anna: pipeline.LoadedSubject) -
 
 def test_the_first_view_shows_the_whole_head_upright(anna: pipeline.LoadedSubject) -> None:
     avatar = anna.avatar()
-    start = opening(avatar)
-    top = avatar.rest_points[:, 1].min()
+    start = opening(avatar, anna.clip.Ts_cam_head)
     half = np.tan(start.fov / 2) * np.linalg.norm(start.look_at - start.position)
-    assert start.look_at[1] - half < top
+    top = avatar.rest_points[:, 1].min() - avatar.pivot[1]
+    middles = anna.clip.Ts_cam_head @ [0, 0.04, 0.05, 1]
+    assert start.look_at[1] - half < top + middles[:, 1].min()
+    assert half < 3 * abs(top)
     assert start.up @ [0, 1, 0] < 0
 
 
