@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -102,7 +103,7 @@ class Controls:
         self._speed.on_update(lambda event: self._react(event))
         self._beside.on_update(self._film)
         self._play.on_click(lambda event: self._toggle())
-        self._take_over.on_click(lambda event: self._take(int(self._frame.value)))
+        self._take_over.on_click(lambda event: self._take(self.frame))
 
     def _add_face(self) -> None:
         gui, names = self._gui, self._painter.full.expression_names
@@ -182,23 +183,29 @@ class Controls:
             self.eased = []
         return Scene(
             drive=drive,
-            frame=int(self._frame.value),
+            frame=self.frame,
             expression=expression,
             pose=pose,
             baked=self._avatar.value == BAKED,
-            show=self._show.value,
-            overlay=self._overlay.value,
-            beside=self._beside.value,
-            locked=self._locked.value,
-            background=self._background.value,
+            show=_chosen(self._show),
+            overlay=_chosen(self._overlay),
+            beside=bool(self._beside.value),
+            locked=bool(self._locked.value),
+            background=_colour(self._background.value),
         )
 
+    @property
+    def frame(self) -> int:
+        """Number of the clip's frame that is chosen."""
+        return min(max(int(self._frame.value), 0), len(self._subject) - 1)
+
     def _sliders(self) -> tuple[dict[str, float], Pose]:
-        head = {part: float(handle.value) for part, handle in self._head.items()}
-        looks = (float(self._gaze["pitch"].value), float(self._gaze["yaw"].value))
+        head = {part: _number(handle) for part, handle in self._head.items()}
+        looks = (_number(self._gaze["pitch"]), _number(self._gaze["yaw"]))
         metres = {part: head.pop(part) / 100 for part in ("right", "down", "away")}
         pose = Pose(**head, **metres, gaze=looks if any(looks) else None, body_follows=bool(self._follows.value))
-        return {name: float(h.value) for name, h in self._coefficients.items() if h.value}, pose
+        coefficients = {name: _number(handle) for name, handle in self._coefficients.items()}
+        return {name: value for name, value in coefficients.items() if value}, pose
 
     @cached_property
     def _seen(self) -> Performance:
@@ -221,14 +228,14 @@ class Controls:
         times = self._subject.clip.times
         began, origin = self._started
         length = float(times[-1] - times[0]) + float(np.median(np.diff(times)))
-        seconds = (origin + SPEEDS[self._speed.value] * (self._clock() - began) - times[0]) % length + times[0]
+        seconds = (origin + SPEEDS[_chosen(self._speed)] * (self._clock() - began) - times[0]) % length + times[0]
         frame = int(np.searchsorted(times, seconds, side="right")) - 1
         if frame != self._frame.value:
             self._frame.value = max(0, frame)
 
     def _restart(self) -> None:
         if self._started is not None:
-            self._started = (self._clock(), float(self._subject.clip.times[int(self._frame.value)]))
+            self._started = (self._clock(), float(self._subject.clip.times[self.frame]))
 
     def _toggle(self) -> None:
         self._started = None if self.playing else (0.0, 0.0)
@@ -262,7 +269,7 @@ class Controls:
     def _choose(self, event: Any) -> None:
         if event.client is not None:
             _, pose = self._sliders()
-            self.put(PRESETS[self._presets.value], pose)
+            self.put(PRESETS[_chosen(self._presets)], pose)
 
     def _take(self, frame: int) -> None:
         self.put(*taken_over(self._subject, self._painter.full, frame))
@@ -302,7 +309,7 @@ class Controls:
 
     def tell_frame(self) -> None:
         """Say what the frame is, and what of the sliders was eased."""
-        frame = int(self._frame.value)
+        frame = self.frame
         if not self._subject.clip.usable[frame]:
             kind = "not used: the face could not be followed here"
         elif frame in self._held_out:
@@ -314,6 +321,21 @@ class Controls:
         names = [html.escape(name) for name in self.eased]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         self._about_face.content = _lines(f"Eased: {', '.join(names[:3])}{more}") if names else ""
+
+
+# A browser may send what its page never would: what is out of a control's range is brought into it.
+def _number(slider: Any) -> float:
+    value = float(slider.value)
+    return min(max(value, slider.min), slider.max) if math.isfinite(value) else 0.0
+
+
+def _chosen(dropdown: Any) -> Any:
+    return dropdown.value if dropdown.value in dropdown.options else dropdown.options[0]
+
+
+def _colour(value: Sequence[float]) -> tuple[int, int, int]:
+    red, green, blue = (*(min(max(int(part), 0), 255) for part in value), 0, 0, 0)[:3]
+    return red, green, blue
 
 
 def _lines(*lines: str) -> str:

@@ -97,6 +97,23 @@ def test_presets_and_frames_move_the_sliders(at: Served) -> None:
     controls._within.value = True
 
 
+def test_what_no_page_would_send_is_brought_into_range(at: Served) -> None:
+    controls, sent = at.page.controls, ("_frame", "_show", "_overlay", "_background", "_speed")
+    before = {name: getattr(controls, name).value for name in sent}
+    jaw = controls._coefficients["jawOpen"]
+    controls._frame.value, controls._show.value, controls._overlay.value = 10**9, "x", "<b>"
+    controls._background.value, controls._speed.value, jaw.value = (900, -3, 4), "1e9", float("nan")
+    scene = controls.scene()
+    assert (scene.frame, scene.show, scene.overlay) == (len(at.page.painter.subject) - 1, "splats", "none")
+    assert scene.background == (255, 0, 4) and scene.expression == {}
+    controls._toggle()
+    controls.advance()
+    controls._toggle()
+    jaw.value = 0.0
+    for name, value in before.items():
+        getattr(controls, name).value = value
+
+
 def test_the_clip_plays_by_its_own_times_and_begins_anew(at: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     controls, clock = at.page.controls, [100.0]
     monkeypatch.setattr(controls, "_clock", lambda: clock[0])
