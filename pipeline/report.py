@@ -484,10 +484,12 @@ def _speed(manifests: dict[str, dict[str, Any]], metrics: dict[str, Any] | None)
     baked = (manifests.get("export", {}).get("metrics") or {}).get("baked") or {}
     per_second = _plain(trained.get("steps_per_second"))
     rates = [
-        (_plain(metrics["speed"].get("render_fps")) if metrics else None, "/ s", "frames rendered, whole avatar"),
-        (_plain(baked.get("render_fps")), "/ s", "frames rendered, baked avatar"),
+        (_plain(metrics["speed"].get("render_fps")) if metrics else None, "/ s", "frames rendered, by evaluate"),
         (1000 / per_second if per_second else None, "ms", "a training step"),
     ]
+    both = baked.get("render_fps")
+    if isinstance(both, dict) and (full := _plain(both.get("full"))) is not None:
+        rates.append((_plain(both.get("baked")), "/ s", f"by the baked avatar; the full one beside it {full:.0f}"))
     return [(f"{value:.0f} {unit}", what) for value, unit, what in rates if value is not None]
 
 

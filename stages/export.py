@@ -145,7 +145,11 @@ def _write_baked(run: StageRun, clip: Clip, train: NDArray[np.int64], held_out: 
         "loss_db": round(loss, 4),
         "loss_by_face_db": round(loss_by_face, 4),
         "psnr": {name: round(value, 4) for name, value in psnr.items()},
-        "render_fps": round(replace(held_out.renderer, avatar=baked).fps(held_out.frames), 1),
+        # One after the other, so that they can be compared.
+        "render_fps": {
+            name: round(replace(held_out.renderer, avatar=avatar).fps(held_out.frames), 1)
+            for name, avatar in (("full", held_out.renderer.avatar), ("baked", baked))
+        },
         "psnr_against_full": round(mean_psnr(pictures["full"], pictures["baked"]), 4),
         "shapes": len(baked.offset),
         "bytes_packed": packed,
