@@ -9,7 +9,7 @@ OPTION = {"licence": "'mine' writes the mesh of a head that may not be passed on
 
 
 def check_licence(export: Export, head: str) -> str:
-    """The licence of a head model's mesh, a sentence for the account.
+    """The licence of a head model's mesh, a sentence for the account; asked before anything is read of the model.
 
     Raises:
         UserError: it may not be passed on, and the user did not say `licence=mine`; or there is no such head model.

@@ -52,7 +52,7 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
 
     subject = LoadedSubject(export.subject)
     avatar = subject.avatar().model
-    licence = check_licence(export, avatar.head)
+    licence = check_licence(export, subject.clip.head)
     rigged = isinstance(avatar, RiggedAvatar)
     arrays = head_arrays(subject.clip)
     if isinstance(avatar, RiggedAvatar):

@@ -24,7 +24,7 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
     version = number(export, "version", 3, 2, 3)
     about = (
         "Lost: colours have steps of 1/136, opacities of 1/255, sizes of 6 %, rotations of "
-        f"{'0.2' if version == 3 else '1'} degrees."
+        f"{'0.2 degrees' if version == 3 else '1 degree, of 10 where w is near 0'}."
     )
     write_version = functools.partial(write_spz, version=version)
     return write_rest(export, folder / "avatar.spz", write_version, read_spz, about)

@@ -9,23 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from splat_data import random_splats
 
 from pipeline.errors import UserError
 from pipeline.ply import COLUMNS, read_ply, write_ply
 from pipeline.rasterize import rasterize
 from pipeline.splats import Splats, colors_to_sh
-
-
-def random_splats(count: int, seed: int = 0) -> Splats:
-    rng = np.random.default_rng(seed)
-    quats = rng.standard_normal((count, 4))
-    return Splats(
-        means=rng.uniform(-0.1, 0.1, (count, 3)).astype(np.float32),
-        quats=(quats / np.linalg.norm(quats, axis=-1, keepdims=True)).astype(np.float32),
-        scales=rng.uniform(0.005, 0.03, (count, 3)).astype(np.float32),
-        opacities=rng.uniform(0.05, 0.95, count).astype(np.float32),
-        sh=(0.3 * rng.standard_normal((count, 16, 3))).astype(np.float32),
-    )
 
 
 def raw_table(path: Path) -> np.ndarray:
@@ -190,3 +179,11 @@ def test_senseless_values_are_refused(tmp_path: Path, column: str, value: float,
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         read_ply(tmp_path / "none.ply")
+
+
+def test_columns_of_a_lower_degree_are_left_out(tmp_path: Path) -> None:
+    splats = random_splats(5, degree=1)
+    for degree, columns in ((3, 62), (1, 26)):
+        write_ply(tmp_path / "a.ply", splats, degree)
+        assert (tmp_path / "a.ply").read_bytes().count(b"property float") == columns
+        np.testing.assert_allclose(read_ply(tmp_path / "a.ply").sh, splats.sh, atol=1e-6)
