@@ -99,7 +99,7 @@ export class BakedAvatar {
 
   /* The weights of the shapes: linear in the drive, and a small network's correctives. */
   #weigh(drive) {
-    const { x, inputs, activations, weights, arrays } = this;
+    const { x, inputs, activations, weights, arrays } = this, { linear, hidden, correctives } = arrays;
     const E = this.names.length, D = this.drives, I = inputs.length, H = this.units, G = this.motions;
     x.set(drive.expression);
     for (let eye = 0; eye < 2; eye++) {
@@ -121,13 +121,13 @@ export class BakedAvatar {
     }
     for (let h = 0; h < H; h++) {
       let sum = arrays.hidden_bias[h];
-      for (let i = 0; i < D; i++) sum += arrays.hidden[h * D + i] * inputs[E + 4 + i];
+      for (let i = 0; i < D; i++) sum += hidden[h * D + i] * inputs[E + 4 + i];
       activations[h] = Math.tanh(sum);
     }
     for (let k = 0; k < weights.length; k++) {
       let sum = arrays.offset[k];
-      for (let i = 0; i < I; i++) sum += arrays.linear[k * I + i] * inputs[i];
-      for (let h = 0; h < H; h++) sum += arrays.correctives[k * H + h] * activations[h];
+      for (let i = 0; i < I; i++) sum += linear[k * I + i] * inputs[i];
+      for (let h = 0; h < H; h++) sum += correctives[k * H + h] * activations[h];
       weights[k] = sum;
     }
     for (let i = 0; i < this.motionWeights.length; i++)
@@ -138,20 +138,25 @@ export class BakedAvatar {
 
   /* Means at rest with the shapes of motion, then moved by the joints. */
   #moveMeans() {
-    const { count: N, resting, means, arrays: { joints } } = this, { values, stride } = resting;
-    const [head, torso, skull] = this.bones;
+    const { count: N, resting, means, bones, scratch: [torso, skull], arrays: { joints } } = this;
+    const { values, stride } = resting;
     resting.blend(this.motionWeights);
+    // The head moves all; torso and skull add how they differ from it, by their shares.
+    for (let k = 0; k < 12; k++) {
+      torso[k] = (bones[1][k] - bones[0][k]) / 255;
+      skull[k] = (bones[2][k] - bones[0][k]) / 255;
+    }
+    const add = (T, share, i, x, y, z) => {
+      means[i] += share * (T[0] * x + T[1] * y + T[2] * z + T[3]);
+      means[N + i] += share * (T[4] * x + T[5] * y + T[6] * z + T[7]);
+      means[2 * N + i] += share * (T[8] * x + T[9] * y + T[10] * z + T[11]);
+    };
+    means.fill(0);
     for (let i = 0; i < N; i++) {
       const x = values[i], y = values[stride + i], z = values[2 * stride + i];
-      const b = joints[2 * i] / 255, s = joints[2 * i + 1] / 255, a = 1 - b - s;
-      for (let r = 0; r < 3; r++) {
-        const k = 4 * r;
-        let value = 0;
-        if (a) value += a * (head[k] * x + head[k + 1] * y + head[k + 2] * z + head[k + 3]);
-        if (b) value += b * (torso[k] * x + torso[k + 1] * y + torso[k + 2] * z + torso[k + 3]);
-        if (s) value += s * (skull[k] * x + skull[k + 1] * y + skull[k + 2] * z + skull[k + 3]);
-        means[r * N + i] = value;
-      }
+      add(bones[0], 1, i, x, y, z);
+      if (joints[2 * i]) add(torso, joints[2 * i], i, x, y, z);
+      if (joints[2 * i + 1]) add(skull, joints[2 * i + 1], i, x, y, z);
     }
   }
 }

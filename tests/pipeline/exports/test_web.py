@@ -28,6 +28,7 @@ from pipeline.viewpoint import Camera, orbit, up_of
 
 READY = "body:not(.loading)"
 SIZE = 128
+OPTIONS = {"webcam": "false"}
 PICTURE = """([drive, camera]) => {
   const { pixels } = player.picture(drive, camera);
   return btoa(Array.from(pixels, (byte) => String.fromCharCode(byte)).join(""));
@@ -54,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def exported(data: Dataset) -> Path:
-    plan = check_export(data.root, "anna", "web", options={"webcam": "false"}, threads=1)
+    plan = check_export(data.root, "anna", "web", options=OPTIONS, threads=1)
     export(plan)
     return plan.product.path
 
@@ -211,7 +212,7 @@ def test_hostile_names_stay_text(baked: BakedAvatar, chromium: browser.Chromium,
 def test_it_fits_and_comes_back(
     data: Dataset, exported: Path, baked: BakedAvatar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    account = check_export(data.root, "anna", "web", options={"webcam": "false"}).product.finished()
+    account = check_export(data.root, "anna", "web", options=OPTIONS).product.finished()
     assert account is not None
     assert account["packed_bytes"] == (exported / AVATAR).stat().st_size <= 3_000_000
     assert account["packing_db"] > 60
@@ -237,6 +238,6 @@ def test_without_a_baked_avatar_it_says_so(data: Dataset) -> None:
     folder.rename(folder.with_name("away"))
     try:
         with pytest.raises(UserError, match=r"no baked avatar.*export.bake=false"):
-            export(check_export(data.root, "anna", "web", force=True))
+            export(check_export(data.root, "anna", "web", options=OPTIONS, force=True))
     finally:
         folder.with_name("away").rename(folder)
