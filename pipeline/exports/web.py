@@ -62,7 +62,7 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
         f"{avatar.count:,} Gaussians{dropped} in {len(packed.data) / 1e6:.1f} MB ({packed.size / 1e6:.1f} unpacked); "
         f"read back, its pictures are {loss:.0f} dB from the baked avatar's. {SINGLE} ({single / 1e6:.1f} MB) opens "
         f"from disk; the rest of the folder is for a web server. Driving from a webcam is "
-        f"{'in it' if with_webcam else 'left out'}."
+        f"{'in it, by MediaPipe (Apache-2.0)' if with_webcam else 'left out'}."
     )
     return {
         "gaussians": avatar.count,

@@ -7,9 +7,11 @@ import { readTensors } from "./safetensors.js";
 
 const FILE = "webcam.bin"; // what pipeline/exports/webcam.py packs
 const LONGER_SIDE = 640; // pixels of what MediaPipe gets: it looks at the face in 256 x 256 anyway
+const PACE_PICTURES = 50;
 
-let packed = null; // the file's bytes: the single page gives them once
+let packed = null; // a Promise of the file's bytes: the single page gives them once
 let session = null; // what is on
+const recent = []; // {at, took} of the last pictures, milliseconds
 
 /* Whether the page came with MediaPipe. */
 export function available() {
@@ -24,8 +26,7 @@ export async function start(player, onDrive) {
     player.say("Allow this page to use the camera. No picture leaves it.");
     const stream = await mine.hold(openCamera(), (opened) => opened.getTracks().forEach((track) => track.stop()));
     player.say("Starting the face tracker ...");
-    packed ??= await mine.hold(asset(FILE));
-    const { arrays, about } = await mine.hold(readTensors(packed));
+    const { arrays, about } = await mine.hold(readFile());
     const tracker = await mine.hold(startTracker(arrays), (started) => started.terminate());
     const video = await mine.hold(play(stream));
     follow(player, onDrive, mine, { stream, tracker, video, follower: new Follower(about, player.names) });
@@ -55,9 +56,12 @@ function follow(player, onDrive, mine, { stream, tracker, video, follower }) {
   });
   stream.getVideoTracks()[0].onended = () => end("The camera was unplugged or taken away.");
   tracker.onerror = () => end("The face tracker stopped. Start it again.");
-  tracker.onmessage = ({ data: { face, error } }) => {
+  recent.length = 0;
+  tracker.onmessage = ({ data: { face, took, error } }) => {
     if (mine.ended) return;
     if (error) return end(`The face tracker stopped: ${error}.`);
+    recent.push({ at: performance.now(), took });
+    if (recent.length > PACE_PICTURES) recent.shift();
     const seen = face && { coefficients: face.coefficients, pose: headPose(face.matrix) };
     onDrive(follower.follow(seen, performance.now() / 1000));
     player.say(!seen ? "No face in the picture." : follower.takingNeutral ? "Look ahead, with a face at rest ..." : "");
@@ -70,6 +74,25 @@ function follow(player, onDrive, mine, { stream, tracker, video, follower }) {
 export function stop() {
   session?.end();
   session = null;
+}
+
+async function readFile() {
+  packed ??= asset(FILE);
+  try {
+    return await readTensors(await packed);
+  } catch (error) {
+    packed = null; // it may come the next time
+    throw error;
+  }
+}
+
+/* Pictures that were tracked in a second, and the tracker's milliseconds for one: the mean of the last ones; null
+ * before there are two. */
+export function pace() {
+  if (recent.length < 2) return null;
+  const seconds = (recent.at(-1).at - recent[0].at) / 1000;
+  const milliseconds = recent.reduce((sum, { took }) => sum + took, 0) / recent.length;
+  return { pictures_per_second: (recent.length - 1) / seconds, milliseconds };
 }
 
 /* From a start to its stop: what has to be let go of in the end. */
