@@ -547,8 +547,9 @@ def _write(plan: RenderPlan, avatar: Avatar, path: CameraPath, drive: Drive, pla
                 yield frame
                 task.advance()
 
+    sound = _sound(plan)
     if plan.format == "mp4":
-        write_video(place, frames(), plan.fps)
+        write_video(place, frames(), plan.fps, sound=sound)
     elif plan.format == "webm":
         write_webm(place, (_with_alpha(frame) for frame in frames()), plan.fps)
     else:
@@ -561,10 +562,21 @@ def _write(plan: RenderPlan, avatar: Avatar, path: CameraPath, drive: Drive, pla
         "frames": plan.count,
         "fps": str(plan.fps),
         "seconds": round(float(plan.count / plan.fps), 6),
+        "sound": sound is not None,
         "seen_from": _seen(plan, avatar),
         "looked_from": _looked(plan, avatar, path),
     }
     return account | {"text": _text(plan, account)}
+
+
+def _sound(plan: RenderPlan) -> Iterator[NDArray[np.int16]] | None:
+    """The clip's own, where its performance becomes a film that can have sound."""
+    from pipeline.drivers import SubjectDriver
+
+    if plan.span is None or plan.format != "mp4":
+        return None
+    clip = SubjectDriver.of(plan.subject.subject, plan.subject.clip.resolution)
+    return clip.sound(plan.span, float(plan.times[plan.span[0]]), float(plan.count / plan.fps), plan.reporter)
 
 
 def _with_alpha(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from reenact_data import FPS, FRAMES, change_fit, finish, write_dataset
+from reenact_data import FPS, FRAMES, TONE_BEGINS, change_fit, finish, write_dataset
+from tones import onset
 
 from pipeline.api import Avatar, LoadedSubject
 from pipeline.avatars import conditions_of
@@ -23,6 +24,7 @@ from pipeline.errors import HeadcastError, Interrupted, StageError, SubjectBusy,
 from pipeline.evaluation import ClipRenderer
 from pipeline.metrics import psnr
 from pipeline.rendering import RenderPlan, RenderRequest, check_render, render, sway, turntable
+from pipeline.sound import read_sound
 from pipeline.video import read_frames
 
 
@@ -113,6 +115,15 @@ def test_the_clips_own_view_of_its_performance_is_what_evaluation_renders(datase
         shown = read_png(plan.product.path / f"{number:06d}.png").astype(np.float32) / 255
         assert psnr(own.render(frame).image, shown) > 50
     assert len(conditions_of(subject.clip).expression) == FRAMES
+
+
+def test_a_film_of_the_clips_performance_has_its_sound(dataset: Dataset) -> None:
+    plan = plan_of(dataset, drive="clip", first_frame=6)
+    account = render(plan)
+    assert account["sound"] and account["frames"] == FRAMES - 6
+    sound = np.concatenate(list(read_sound(plan.product.path, 0.0, account["seconds"])))
+    assert onset(sound) == pytest.approx(TONE_BEGINS - float(6 / FPS), abs=0.01)
+    assert not render(plan_of(dataset, drive="clip", first_frame=6, last_frame=7, background="transparent"))["sound"]
 
 
 def test_files_of_cameras_and_of_a_performance_are_followed(dataset: Dataset, tmp_path: Path) -> None:
