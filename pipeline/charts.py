@@ -21,7 +21,7 @@ class Line:
     points: Sequence[Point]
     """(x, y); None leaves a gap."""
     colour: int
-    """1 to 4: which of the page's colours."""
+    """Which of the page's colours, from 1: the style sheet has 4, a page may have more."""
     dashed: bool = False
     dots: bool = False
     """Dots alone, without a line."""

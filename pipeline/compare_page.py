@@ -1,4 +1,4 @@
-"""What a comparison shows: the video, stills with heat maps, curves, and compare.html, which opens offline."""
+"""What a comparison shows: the video, stills with heat maps, and compare.html, which opens offline."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline import __version__
 from pipeline.avatar_table import BASELINES, BEST, LIKENESS, REGIONS
+from pipeline.charts import Chart, Line, chart
 from pipeline.compare import Scored, score_frames
 from pipeline.dataset import write_atomic
 from pipeline.evaluation_figures import ERROR_TITLE, FLIP_FULL_SCALE, heat_map, titled
@@ -26,10 +27,8 @@ if TYPE_CHECKING:
 
 PAGE = "compare.html"
 VIDEO = "compare.mp4"
-CURVES = "curves.png"
-# Okabe and Ito's colours, told apart by everyone.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-BEST_COLOUR = "#999999"
+BEST_COLOUR = 7
+"""Of the page's colours, after those of the runs."""
 
 
 def panels(scored: Scored) -> dict[str, NDArray[np.uint8]]:
@@ -64,49 +63,26 @@ def telling_frames(per_frame: Mapping[str, Any]) -> dict[int, str]:
 
 
 def write_stills(folder: Path, lineup: Lineup, per_frame: Mapping[str, Any]) -> dict[str, str]:
-    """Write renders over their heat maps for the telling frames, and the curves; returns pictures and their titles."""
+    """Write renders over their heat maps for the telling frames; returns the files' names and titles."""
     told, stills = telling_frames(per_frame), {}
     for scored in score_frames(lineup, None, list(told)):
         name = f"frame-{scored.frame:06d}.jpg"
         save_image(folder / name, still(scored), quality=88)
         stills[name] = f"Frame {scored.frame}: {told[scored.frame]}"
-    psnr = {name: figures["psnr"] for name, figures in per_frame["runs"].items()}
-    write_psnr_of_runs(folder / CURVES, per_frame["frame"], psnr, per_frame["baselines"][BEST]["psnr"])
     return stills
 
 
-def write_psnr_of_runs(
-    path: Path, frames: Sequence[int], psnr: Mapping[str, Sequence[float | None]], best: Sequence[float | None]
-) -> None:
-    """Plot every run's PSNR over the held-out frames, and that of the best training frame.
-
-    Args:
-        path: the PNG to write.
-        frames: the held-out frames' numbers.
-        psnr: dB of each frame, by the run's name.
-        best: of the best training frame.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    curves = [(name, values, colour, "-") for (name, values), colour in zip(psnr.items(), COLOURS, strict=False)]
-    for name, values, colour, dash in [*curves, (BASELINES[BEST], best, BEST_COLOUR, "--")]:
-        numbers = [np.nan if value is None else value for value in values]
-        axes.plot(frames, numbers, dash, color=colour, label=name, linewidth=1.8, marker=".")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("frame", fontsize=9)
-    axes.set_ylabel("PSNR (dB)", fontsize=9)
-    axes.tick_params(labelsize=8, length=0)
-    axes.grid(color="#e4e6ea", linewidth=0.8)
-    axes.spines[:].set_visible(False)
-    legend = axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a name is no formula
-    figure.savefig(path, format="png", metadata={"Software": None})
+def psnr_chart(per_frame: Mapping[str, Any]) -> Chart | None:
+    """Every run's PSNR over the held-out frames, and that of the best training frame."""
+    frames = per_frame["frame"]
+    curves = [(name, figures["psnr"]) for name, figures in per_frame["runs"].items()]
+    lines = [
+        Line(name, list(zip(frames, values, strict=True)), colour) for colour, (name, values) in enumerate(curves, 1)
+    ]
+    best = list(zip(frames, per_frame["baselines"][BEST]["psnr"], strict=True))
+    lines.append(Line(BASELINES[BEST], best, BEST_COLOUR, dashed=True))
+    about = "Every held-out frame; the best training frame was picked by looking at the answer."
+    return chart("PSNR frame by frame", about, lines, "frame", "PSNR (dB)")
 
 
 def still(scored: Scored) -> NDArray[np.uint8]:
@@ -121,7 +97,7 @@ def write_page(folder: Path, document: Mapping[str, Any], stills: Mapping[str, s
     """Write compare.html in one piece; whatever names say is escaped.
 
     Args:
-        folder: with the video, the stills and the curves.
+        folder: with the video and the stills.
         document: the contents of compare.json.
         stills: file name -> title.
     """
@@ -141,17 +117,15 @@ def write_page(folder: Path, document: Mapping[str, Any], stills: Mapping[str, s
             settings_rows=_settings_rows(document["settings"]),
             video=Media("video", data_uri("video/mp4", video.read_bytes()), "Truth and every run") if small else None,
             video_file=VIDEO,
-            stills=[(title, _picture(folder / name, title)) for name, title in stills.items()],
-            curves=_picture(folder / CURVES, "PSNR of every run over the held-out frames"),
+            stills=[
+                (title, Media("image", data_uri("image/jpeg", (folder / name).read_bytes()), title))
+                for name, title in stills.items()
+            ],
+            curves=psnr_chart(document["per_frame"]),
             version=__version__,
         )
     )
     write_atomic(folder / PAGE, page.encode())
-
-
-def _picture(path: Path, alt: str) -> Media:
-    kind = "image/png" if path.suffix == ".png" else "image/jpeg"
-    return Media("image", data_uri(kind, path.read_bytes()), alt)
 
 
 def _leads(document: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
