@@ -17,7 +17,8 @@ parser.add_argument("--data", default="data", help="the dataset directory")
 parser.add_argument("--subject", default="demo", help="whose avatar")
 given, _ = parser.parse_known_args()  # a notebook's kernel has arguments of its own
 
-avatar = pipeline.load_avatar(given.subject, given.data)
+# A soft edge: it fades out where the film cut it off. (`pipeline.load_avatar` loads it as it is, also without a clip.)
+avatar = pipeline.load_subject(given.subject, given.data).avatar(soft_edge=True)
 print(avatar)
 print("driven by", ", ".join(avatar.expression_names[:5]), "...")
 

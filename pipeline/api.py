@@ -356,14 +356,24 @@ class LoadedSubject:
         """
         return dict(read_json(self.subject.stage("evaluate") / "metrics.json"))
 
-    def avatar(self, *, baked: bool = False, device: str = "cpu") -> Avatar:
-        """Its avatar, or the baked form of it.
+    def avatar(self, *, baked: bool = False, device: str = "cpu", soft_edge: bool = False) -> Avatar:
+        """Its avatar.
+
+        Args:
+            baked: the baked form of it.
+            device: where it shall be rendered.
+            soft_edge: fade it out where the clip cut it off, as `headcast render` does, for views of one's own.
 
         Raises:
             UserError: it cannot be read.
         """
         folder = self.subject.stage("export") / "baked" if baked else self.subject.stage("train")
-        return Avatar(load_model(folder, device))
+        model = load_model(folder, device)
+        if not soft_edge:
+            return Avatar(model)
+        from pipeline.novel_views import soft_edge as fade_of
+
+        return Avatar(model, fade=fade_of(model, self.clip))
 
     def _checked(self, frame: int) -> int:
         if not 0 <= frame < len(self):
