@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -21,7 +23,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("examples")).root
+    return write_dataset(tmp_path_factory.mktemp("examples") / "data").root
 
 
 @pytest.fixture
@@ -81,6 +83,19 @@ def test_measure(data: Path) -> None:
     assert float(rows[0]["psnr"]) == pytest.approx(expected)
     assert all(0 < float(row["flip"]) < 1 and 0 < float(row["ssim"]) < 1 for row in rows)
     assert pixels("worst.png").shape[1] == 3 * 256
+
+
+def test_what_the_page_about_notebooks_shows(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = EXAMPLES.parent / "docs" / "notebooks.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(data.parent)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2
+    assert (names["picture"].shape, names["cutout"].shape) == ((512, 512, 3), (512, 512, 4))
+    assert psnr(names["truth"] / 255, names["shown"] / 255) > 15
+    assert names["subdued"].shape == names["truth"].shape and names["own"].fade.min() < 0.5
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
