@@ -77,6 +77,7 @@ class Page:
         """What ended the loop, where something did."""
         self._name = painter.subject.name
         self._watchers: dict[int, Watcher] = {}
+        self._writers: list[threading.Thread] = []
         self._wake = threading.Condition()
         self._dirty, self._changed_at, self._stopping = True, 0.0, False
         self._seconds_per_pixel, self._last_seconds, self._told = 0.0, 0.0, (0.0, "")
@@ -96,11 +97,15 @@ class Page:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the loop."""
+        """End the loop; recordings are written first."""
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
         self._thread.join()
+        for watcher in list(self._watchers.values()):
+            self._finish(watcher, time.monotonic())
+        for writer in self._writers:
+            writer.join()
 
     async def _welcome(self, client: Any) -> None:
         watcher = Watcher(client)
@@ -118,7 +123,10 @@ class Page:
 
     async def _goodbye(self, client: Any) -> None:
         with self._wake:
-            self._watchers.pop(client.client_id, None)
+            gone = self._watchers.pop(client.client_id, None)
+        if gone is not None and gone.recording is not None:
+            self._finish(gone, time.monotonic())
+            self.controls.recording(False)
 
     def _changed(self) -> None:
         with self._wake:
@@ -248,12 +256,17 @@ class Page:
                 self._wake.notify_all()
             self.controls.recording(True)
             return
-        recording, watcher.recording = watcher.recording, None
+        self._finish(watcher, now)
         self.controls.recording(False)
         self._changed()
-        threading.Thread(
-            target=self._guarded, args=(watcher.client, lambda _: self._keep(watcher, recording, now))
-        ).start()
+
+    def _finish(self, watcher: Watcher, now: float) -> None:
+        """Have a recording written, beside all else."""
+        recording, watcher.recording = watcher.recording, None
+        if recording is not None and len(recording):
+            self._writers = [writer for writer in self._writers if writer.is_alive()]
+            self._writers.append(threading.Thread(target=self._keep, args=(watcher.client, recording, now)))
+            self._writers[-1].start()
 
     def _product(self, stem: str) -> Product:
         subject = self.painter.subject.subject
@@ -278,27 +291,25 @@ class Page:
                 f"have them go to {IN_BROWSER}, or free that place",
             ) from error
 
-    def _keep(self, watcher: Watcher, recording: Recording, ended: float) -> None:
+    def _keep(self, client: Any, recording: Recording, ended: float) -> None:
         """Write a recording and give it to the subject's folder, or to the browser if that fails or was chosen."""
-        if not len(recording):
-            return
-        client, stem = watcher.client, time.strftime("%Y-%m-%d-%H-%M-%S")
+        stem = time.strftime("%Y-%m-%d-%H-%M-%S")
         busy = client.add_notification("Writing the video", "It may take some seconds.", loading=True)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recording.mp4"
             account = recording.write(path, ended)
-            try:
-                if self.controls.downloads:
-                    client.send_file_download(f"{self._name}-{stem}.mp4", path.read_bytes(), save_immediately=True)
-                else:
+            downloads = self.controls.downloads
+            if not downloads:
+                try:
                     product = self._product(stem)
                     product.make(lambda place: (shutil.copyfile(path, place), account)[1])
                     client.add_notification("Video kept", f"In {product.path}", auto_close_seconds=10, color="green")
-            except HeadcastError:
+                except HeadcastError as error:
+                    _notify(client, "The video goes to your browser", error)
+                    downloads = True
+            if downloads:
                 client.send_file_download(f"{self._name}-{stem}.mp4", path.read_bytes(), save_immediately=True)
-                raise
-            finally:
-                busy.remove()
+        busy.remove()
 
 
 def _notify(client: Any, title: str, error: HeadcastError) -> None:

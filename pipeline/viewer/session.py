@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 import webbrowser
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,11 +70,17 @@ def served(
     if threads is not None and threads < 1:
         raise UserError(f"--threads is {threads}.", "give at least 1")
     found = Dataset(data).existing(subject)
-    with contextlib.closing(listen(host, port, f"headcast view {subject} --port")) as listening, one_tensor_thread():
+    with (
+        contextlib.closing(listen(host, port, f"headcast view {subject} --port")) as listening,
+        one_tensor_thread(),
+        warnings.catch_warnings(),
+    ):
         painter = Painter.of(found, threads or usable_cores())
         warm_up(report)
         bound = int(listening.getsockname()[1])
         server = GuardedServer(listening, Guard(host, bound))
+        # A browser may leave while a picture for it is made.
+        warnings.filterwarnings("ignore", "Queued a .* on a closed connection")
         try:
             page = Page(server, painter)
             try:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import browser
+import cv2
 import numpy as np
 import pytest
 from reenact_data import change_fit, write_dataset
 
+from pipeline.api import Pose
 from pipeline.cli.view import View
 from pipeline.dataset import Dataset
 from pipeline.errors import HeadcastError, StageError, UserError
+from pipeline.video import probe
 from pipeline.viewer import session
+from pipeline.viewer.controls import IN_BROWSER, IN_FOLDER
+from pipeline.viewer.picture import Painter
 from pipeline.viewer.session import Served, served, ssh_line, view
 
 HOSTILE = "<img src=x onerror=document.title='taken'>"
@@ -138,6 +146,120 @@ def test_held_out_frames_are_told_in_words(at: Served) -> None:
         controls._frame.value = frame
         controls.tell_frame()
         assert words in controls._about_frame.content
+
+
+class FakeClient:
+    """What the page uses of a browser that viser is connected to."""
+
+    client_id = 10**6
+
+    def __init__(self, at: Served) -> None:
+        start = at.page.painter.opening
+        self.camera = SimpleNamespace(
+            wxyz=np.array([1.0, 0, 0, 0]), position=start.position, fov=start.fov, image_width=65, image_height=48,
+            on_update=lambda function: None,
+        )  # fmt: skip
+        self.scene, self.pictures = self, []
+        self.downloads: dict[str, bytes] = {}
+        self.told: list[str] = []
+
+    def set_background_image(self, picture: np.ndarray, **_: object) -> None:
+        self.pictures.append(picture)
+
+    def flush(self) -> None:
+        pass
+
+    def add_notification(self, title: str, body: str, **_: object) -> SimpleNamespace:
+        self.told.append(f"{title}: {body}")
+        return SimpleNamespace(remove=lambda: None)
+
+    def send_file_download(self, name: str, content: bytes, **_: object) -> None:
+        self.downloads[name] = content
+
+
+@pytest.fixture
+def client(at: Served) -> Iterator[FakeClient]:
+    found = FakeClient(at)
+    asyncio.run(at.page._welcome(found))
+    until(lambda: found.pictures)
+    yield found
+    asyncio.run(at.page._goodbye(found))
+
+
+@pytest.mark.parametrize("how", ["folder", "browser", "folder in the way", "browser gone"])
+def test_a_video_of_what_is_seen_is_kept(at: Served, client: FakeClient, tmp_path: Path, how: str) -> None:
+    page, folder = at.page, at.page.painter.subject.subject.root / "recordings"
+    watcher = page._watchers[client.client_id]
+    page.controls._keep_in.value = IN_BROWSER if how == "browser" else IN_FOLDER
+    page._guarded(client, page._record)
+    until(lambda: watcher.recording is not None and len(watcher.recording))
+    if how == "folder in the way":
+        folder.rmdir()
+        folder.write_text("in the way")
+    if how == "browser gone":
+        asyncio.run(page._goodbye(client))
+    else:
+        page._guarded(client, page._record)
+    for writer in page._writers:
+        writer.join()
+    if how in ("browser", "folder in the way"):
+        ((name, content),) = client.downloads.items()
+        assert name.startswith("anna-") and name.endswith(".mp4")
+        film = tmp_path / name
+        film.write_bytes(content)
+        assert any("folder" in told or "written" in told for told in client.told) == (how == "folder in the way")
+    else:
+        (film,) = folder.glob("*.mp4")
+        assert json.loads(film.with_suffix(".json").read_bytes())["keys"]["avatar"].keys() == {"decode", "fit", "train"}
+        assert not client.downloads
+    assert (probe(film).width, probe(film).height) == (66, 48)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
+
+
+def test_a_saved_picture_is_as_large_as_the_window_and_clear_on_request(at: Served, client: FakeClient) -> None:
+    page = at.page
+    for transparent, channels in ((False, 3), (True, 4)):
+        page.controls.transparent.value = transparent
+        page._guarded(client, page._photograph)
+        name, content = client.downloads.popitem()
+        assert name.endswith(".png")
+        assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED).shape == (48, 65, channels)
+    page.controls.transparent.value = False
+
+
+def test_nothing_is_painted_while_nothing_changes_and_newest_wins(at: Served, client: FakeClient) -> None:
+    page = at.page
+    until(lambda: not page._busy(time.monotonic()))
+    painted = page.pictures
+    time.sleep(0.3)
+    assert page.pictures == painted
+    before = client.pictures[-1]
+    page.controls.put({"jawOpen": 1.0}, Pose(yaw=5))
+    until(lambda: not page._busy(time.monotonic()))
+    camera = page._watchers[client.client_id].camera((65, 48))
+    assert camera is not None
+    np.testing.assert_array_equal(client.pictures[-1], page.painter.paint(page.controls.scene(), camera))
+    assert (client.pictures[-1] != before).any()
+    page.controls.put({})
+
+
+def test_what_cannot_be_shown_is_told_and_the_avatar_comes_back(
+    at: Served, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: object) -> None:
+        raise UserError("The file of the head model is missing.", "fetch it")
+
+    page = at.page
+    monkeypatch.setattr(Painter, "head", property(missing))
+    page.controls._show.value = "mesh"
+    page._changed()
+    until(lambda: client.told)
+    assert client.told == ["This cannot be shown: The file of the head model is missing. fetch it"]
+    assert page.controls._show.value == "splats"
+    assert page.failure is None
 
 
 def test_recordings_that_cannot_be_written_are_refused_before(at: Served) -> None:
