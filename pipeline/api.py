@@ -77,6 +77,11 @@ class Avatar:
     def __repr__(self) -> str:
         return f"Avatar({self.model.name}, {self.model.count:,} Gaussians, {len(self.expression_names)} coefficients)"
 
+    @cached_property
+    def rest(self) -> Condition:
+        """The condition of rest in the training clip's typical pose."""
+        return self.model.neutral
+
     @property
     def expression_names(self) -> tuple[str, ...]:
         """Names of the coefficients."""
@@ -88,7 +93,7 @@ class Avatar:
         Raises:
             UserError: a name is unknown, a number is none, or there are not E of them.
         """
-        rest = self.model.neutral.expression
+        rest = self.rest.expression
         if given is None:
             return rest
         if isinstance(given, Mapping):
@@ -122,11 +127,11 @@ class Avatar:
         Raises:
             UserError: the expression or the pose is at fault.
         """
-        rest, coefficients = self.model.neutral, self.expression(expression)
+        rest, coefficients = self.rest, self.expression(expression)
         if expression is None and (pose is None or (isinstance(pose, Pose) and pose == Pose())):
             return rest
         posed = pose if isinstance(pose, Pose) else Pose()
-        T_cam_head = self._head(pose)
+        T_cam_head = self.head_of(pose)
         if posed.gaze is not None:
             pitch, yaw = np.radians(posed.gaze)
             eyes = torch.tensor([[pitch, yaw, 0.0]] * 2, dtype=coefficients.dtype, device=coefficients.device)
@@ -141,9 +146,13 @@ class Avatar:
         neck = matrix_to_rotvec(condition.T_cam_torso[:3, :3].T @ T_cam_head[:3, :3])
         return condition._replace(neck=neck)
 
-    def _head(self, pose: Pose | NDArray[np.floating] | None) -> torch.Tensor:
-        """[4,4] T_cam_head."""
-        rest = self.model.neutral.T_cam_head
+    def head_of(self, pose: Pose | NDArray[np.floating] | None) -> torch.Tensor:
+        """[4,4] T_cam_head of a pose from rest, or of itself; None is rest.
+
+        Raises:
+            UserError: the pose is none.
+        """
+        rest = self.rest.T_cam_head
         if pose is None:
             return rest
         if isinstance(pose, Pose):
@@ -160,7 +169,7 @@ class Avatar:
     def rest_points(self) -> NDArray[np.float64]:
         """[N,3] the Gaussians' positions at rest, in the clip's camera."""
         with torch.no_grad():
-            gaussians = self.model.gaussians(self.model.neutral)
+            gaussians = self.model.gaussians(self.rest)
         points = gaussians.means.double().cpu().numpy()
         if gaussians.T_cam_world is None:
             return np.asarray(points)
@@ -184,13 +193,13 @@ class Avatar:
         width, height = (size, size) if isinstance(size, int) else size
         shown = slice(None) if self.fade is None else (self.fade > 0.5).cpu().numpy()
         start, pivot = framing(self.rest_points[shown], width, height), self.pivot
-        up = up_of(self.model.neutral.T_cam_head.double().cpu().numpy())
+        up = up_of(self.rest.T_cam_head.double().cpu().numpy())
         return lambda yaw, pitch, zoom: orbit(start, pivot, up, np.radians(yaw), np.radians(pitch), zoom)
 
     @property
     def pivot(self) -> NDArray[np.float64]:
         """[3] the point that cameras go round: the middle of the head at rest, in the clip's camera."""
-        T_cam_head = self.model.neutral.T_cam_head.double().cpu().numpy()
+        T_cam_head = self.rest.T_cam_head.double().cpu().numpy()
         return np.asarray(T_cam_head[:3, 3] + T_cam_head[:3, :3] @ np.array(HEAD_MIDDLE))
 
     def render(
@@ -214,7 +223,7 @@ class Avatar:
         """
         condition = expression if isinstance(expression, Condition) else self.condition(expression, pose)
         camera = camera or self.camera()
-        device = self.model.neutral.T_cam_head.device
+        device = self.rest.T_cam_head.device
         K, view = (torch.as_tensor(a, dtype=torch.float32, device=device) for a in (camera.K, camera.T_cam_world))
         behind = torch.tensor(
             [0.0] * 3 if background is None else tuple(background), dtype=torch.float32, device=device

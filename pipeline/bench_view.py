@@ -84,7 +84,7 @@ def _measure(server: Any, painter: Painter, controls: Controls, fields: dict[str
     level = camera_of(np.array([1.0, 0, 0, 0]), start.position, start.fov, SIZE_PX, SIZE_PX)
     if level is None:
         raise ValueError(f"the first view of a subject is no camera: {start}")
-    up = up_of(painter.full.model.neutral.T_cam_head.numpy())
+    up = up_of(painter.full.rest.T_cam_head.numpy())
     begun = 0.0
     parts: dict[str, list[float]] = {"scene": [], "picture": [], "jpeg": [], "whole": []}
     for turn in range(WARM_UP + TIMED):

@@ -207,7 +207,7 @@ class Painter:
             return True
         with self._lock:
             T_cam_head = self._condition(scene).T_cam_head.double().cpu().numpy()
-        rest = self.full.model.neutral.T_cam_head.double().cpu().numpy()
+        rest = self.full.rest.T_cam_head.double().cpu().numpy()
         angles = angles_of(camera.T_cam_world @ T_cam_head) - angles_of(rest)
         ends = [self._angles_seen[name] for name in ("yaw", "pitch")]
         return all(low - HOLDS_DEG <= a <= high + HOLDS_DEG for a, (low, high) in zip(angles, ends, strict=True))

@@ -226,17 +226,20 @@ def eased(
         avatar: whose clip it was.
         seen: the clip's performance.
     """
-    condition = avatar.condition(expression or None, pose)
-    T_cam_rest, T_cam_head = seen.Ts_cam_rest[0], condition.T_cam_head.double().cpu().numpy()
+    T_cam_rest, T_cam_head = seen.Ts_cam_rest[0], avatar.head_of(pose).double().cpu().numpy()
     turn = matrix_to_rotvec(T_cam_rest[:3, :3].T @ T_cam_head[:3, :3])
-    names = dict(zip(avatar.expression_names, condition.expression.tolist(), strict=True))
-    names |= dict(zip(EYES, condition.eyes[:, :2].flatten().tolist(), strict=True))
+    names = dict(zip(seen.names, seen.neutral.tolist(), strict=True))
+    names |= {name: float(expression.get(name, 0)) for name in avatar.expression_names}
+    if pose.gaze is not None:
+        names |= dict(zip(EYES, np.radians([*pose.gaze, *pose.gaze]).tolist(), strict=True))
     names |= dict(zip((*TURN, *MOVE), [*turn, *(T_cam_head - T_cam_rest)[:3, 3]], strict=True))
     wanted = np.array([names[name] for name in seen.names])
     room = np.array([OVERSHOOT.get(name, OVERSHOOT["expression"]) for name in seen.names])
     # Rest itself is never taken away, even where the clip never showed it.
     low = np.where(np.isin(seen.names, avatar.expression_names), 0, seen.low)
     held = soft_limit(wanted[None], low, seen.high, room)[0]
+    if np.array_equal(wanted, held):
+        return dict(expression), pose, []
     changed = [name for name, a, b in zip(seen.names, wanted, held, strict=True) if abs(a - b) > 0.02]
     value = dict(zip(seen.names, held.tolist(), strict=True))
     T_cam_held = T_cam_rest @ make_rigid(rotvec_to_matrix(np.array([value[name] for name in TURN])), np.zeros(3))
@@ -253,7 +256,7 @@ def pose_of(
     avatar: Avatar, T_cam_head: Floats, gaze: tuple[float, float] | None = None, body_follows: bool = True
 ) -> Pose:
     """The pose from rest that puts a head where `T_cam_head` [4,4] says; `gaze` in degrees."""
-    T_cam_rest = avatar.model.neutral.T_cam_head.double().cpu().numpy()
+    T_cam_rest = avatar.rest.T_cam_head.double().cpu().numpy()
     pitch, yaw, roll = np.degrees(matrix_to_rotvec(T_cam_rest[:3, :3].T @ T_cam_head[:3, :3])).tolist()
     right, down, away = (T_cam_head[:3, 3] - T_cam_rest[:3, 3]).tolist()
     return Pose(pitch, yaw, roll, right, down, away, gaze, body_follows)
