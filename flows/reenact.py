@@ -38,6 +38,7 @@ def reenact_flow(request: ReenactRequest) -> dict[str, Any]:
     """
     run = driver_run(request)
     if run is not None:
+        default_reporter().message(f"'{request.drive}' drives as the subject '{run.target().name}'")
         subject_flow(run)
     return dict(attempt("reenact", check_and_reenact, request))
 

@@ -203,7 +203,10 @@ def find_driver(drive: str, dataset: Dataset) -> Subject | Path:
     if path.name == drive and not path.suffix:
         subject = dataset.subject(drive)
         if (subject.source / "source.json").is_file() or not path.exists():
-            return dataset.existing(drive)
+            try:
+                return dataset.existing(drive)
+            except UserError as error:
+                raise UserError(error.what, f"check the name and --data; {KINDS}") from None
     if not path.exists():
         raise UserError(f"'{drive}' cannot be a subject name, and there is no such file.", KINDS)
     return path

@@ -159,7 +159,6 @@ def check_reenact(request: ReenactRequest) -> Plan:
         StageError: a subject's files are damaged or do not belong together.
         SubjectBusy: a subject was worked on while it was read.
     """
-    from pipeline.avatars import DESCRIPTION
     from pipeline.clip import load_clip
     from pipeline.retarget import check_names
 
@@ -176,7 +175,7 @@ def check_reenact(request: ReenactRequest) -> Plan:
         {"drive": (drive, DRIVE_STAGES)} if isinstance(drive, Subject) else {}
     )
     sources = Sources.of(**parts)
-    names, trained_at = _trained(avatar.stage("train") / DESCRIPTION)
+    names, trained_at = _trained(avatar)
     clip = load_clip(avatar, request.resolution or trained_at)
     check_names(clip.expression_names, names)
     driver = SubjectDriver.of(drive, trained_at) if isinstance(drive, Subject) else TableDriver.of(drive, request.fps)
@@ -202,6 +201,7 @@ def driver_run(request: ReenactRequest) -> RunRequest | None:
     if isinstance(drive, Subject) or _is_table(drive):
         return None
     Sources.of(avatar=(avatar, AVATAR_STAGES))
+    _trained(avatar)
     return run_for_driver(drive, request.data, request.device, request.threads)
 
 
@@ -238,8 +238,11 @@ def _settings(request: ReenactRequest, driver: Driver, span: tuple[int, int], re
     return settings
 
 
-def _trained(path: Path) -> tuple[list[str], int]:
+def _trained(avatar: Subject) -> tuple[list[str], int]:
     """What drives a trained avatar, and the resolution it was trained at."""
+    from pipeline.avatars import DESCRIPTION, check_schema
+
+    path = avatar.stage("train") / DESCRIPTION
     description = read_json(path)
     try:
         names, resolution = (
@@ -248,6 +251,7 @@ def _trained(path: Path) -> tuple[list[str], int]:
         )
         if not isinstance(resolution, int) or not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
             raise ValueError(f"a resolution of {resolution}")
+        check_schema(description["schema"], path)
     except (KeyError, TypeError, ValueError) as error:
         raise StageError(
             f"'{path}' is not what training writes: {type(error).__name__} {error}.",

@@ -306,6 +306,16 @@ def save_avatar(
     return sum((folder / name).stat().st_size for name in (WEIGHTS, DESCRIPTION))
 
 
+def check_schema(schema: Any, path: Path) -> None:
+    """Refuse an avatar's description `path` that another version of the layout wrote.
+
+    Raises:
+        UserError: which schema it has, and which is read.
+    """
+    if schema != SCHEMA:
+        raise UserError(f"'{path}' has schema {schema}; this version reads {SCHEMA}.", "train the avatar again")
+
+
 def load_avatar(folder: Path, device: torch.device | str = "cpu") -> AvatarModel:
     """Read a saved avatar, ready to render (no gradients).
 
@@ -322,8 +332,7 @@ def load_avatar(folder: Path, device: torch.device | str = "cpu") -> AvatarModel
         weights = load((folder / WEIGHTS).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"'{folder}' holds no readable avatar: {error}.", "train it again") from error
-    if schema != SCHEMA:
-        raise UserError(f"'{path}' has schema {schema}; this version reads {SCHEMA}.", "train the avatar again")
+    check_schema(schema, path)
     try:
         weights = unpack(weights, description.get("quantised", []))
         _refuse_oversize(settings, weights)

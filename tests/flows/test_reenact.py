@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from reenact_data import FRAMES, write_dataset
 
 from pipeline.errors import UserError
 from pipeline.reenact import ReenactRequest
+from pipeline.run import RunRequest
 
 
 def test_parameters_are_checked_at_submission() -> None:
@@ -22,7 +24,7 @@ def test_parameters_are_checked_at_submission() -> None:
     for spoilt, message in (
         ({"avatar": "anna"}, "request.drive: Field required"),
         ({**request, "first_frame": 9}, "first_frame 9 comes after last_frame 3"),
-        ({**request, "fps": 25}, "request.fps: Extra inputs are not permitted"),
+        ({**request, "speed": 25}, "request.speed: Extra inputs are not permitted"),
     ):
         with pytest.raises(ParameterTypeError, match=message):
             reenact_flow.validate_parameters({"request": spoilt})
@@ -46,3 +48,18 @@ def test_it_writes_the_video_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert video.stat().st_mtime_ns == stamp
         with pytest.raises(UserError, match="'bert' has no trained avatar"):
             reenact_flow(ReenactRequest(data=data, avatar="bert", drive="anna"))
+        # A video becomes a subject by the subject flow, which is tested where it is; here it is done by hand.
+        new = Path(shutil.copy(data / "bert/source/bert.mp4", tmp_path / "carl.mp4"))
+        asked: list[RunRequest] = []
+
+        def make_subject(run: RunRequest) -> None:
+            asked.append(run)
+            if run.videos:
+                shutil.copytree(data / "bert", run.target().root)
+
+        monkeypatch.setattr("flows.reenact.subject_flow", make_subject)
+        account = reenact_flow(ReenactRequest(data=data, avatar="anna", drive=str(new), threads=1, last_frame=2))
+        assert (account["drive"], account["video"]) == ("carl", "carl.mp4")
+        again = reenact_flow(ReenactRequest(data=data, avatar="anna", drive=str(new), threads=1, last_frame=2))
+        assert again == account
+        assert [(run.videos, run.subject, run.last) for run in asked] == [((new,), "carl", "fit"), ((), "carl", "fit")]

@@ -408,6 +408,11 @@ def _enlarge(dataset: Dataset) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "training": {"resolution": 10**9}}))
 
 
+def _outdate(dataset: Dataset) -> None:
+    path = dataset.root / "anna/train/avatar.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+
+
 def _nothing(dataset: Dataset) -> None:
     pass
 
@@ -424,6 +429,7 @@ def _nothing(dataset: Dataset) -> None:
         (_refit, {}, "'train' of 'anna' was made from another 'fit'"),
         (_damage, {}, "avatar.json' is not what training writes: KeyError 'expression_names'"),
         (_enlarge, {}, "avatar.json' is not what training writes: ValueError a resolution of 1000000000"),
+        (_outdate, {}, "avatar.json' has schema 99; this version reads"),
         (_rename, {}, "The driver's coefficients are not those of the avatar: it lacks .* and 48 more"),
         (_nothing, {"last_frame": FRAMES}, f"Frames 0 to {FRAMES} of 'bert' are not all there"),
         (_nothing, {"first_frame": 9, "last_frame": 3}, "first_frame 9 comes after last_frame 3"),
