@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from reenact_data import FPS, FRAMES, TONE_BEGINS, change_fit, finish, read_fit, write_dataset
 from tones import onset, write_tone
 
+from pipeline.cli.reenact import Reenact
 from pipeline.dataset import Dataset
 from pipeline.errors import HeadcastError, Interrupted, StageError, SubjectBusy, UserError
 from pipeline.metrics import psnr
@@ -328,6 +329,12 @@ def test_a_video_is_a_subject_before_it_drives(dataset: Dataset, tmp_path: Path)
         with pytest.raises(UserError, match=r"has no trained avatar|No subject"):
             driver_run(request_of(data=dataset.root, avatar=avatar, drive=str(drive)))
     assert driver_run(request_of(data=dataset.root, avatar="anna", drive="bert")) is None
+
+
+def test_after_a_stop_the_same_command_is_told() -> None:
+    command = Reenact(avatar="anna", drive="my take.csv", last_frame=0, beside=True, fps=30.0)
+    expected = "headcast reenact --avatar anna --drive 'my take.csv' --last-frame 0 --beside --fps 30.0"
+    assert command.resume_command() == expected
 
 
 @pytest.mark.parametrize(
