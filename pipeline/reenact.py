@@ -171,10 +171,8 @@ def check_reenact(request: ReenactRequest) -> Plan:
         drive = run.target()
     if request.fps is not None and isinstance(drive, Subject):
         raise UserError("--fps says how many rows a second a CSV file has.", "leave it out: a video has its own rate")
-    parts = {"avatar": (avatar, AVATAR_STAGES)} | (
-        {"drive": (drive, DRIVE_STAGES)} if isinstance(drive, Subject) else {}
-    )
-    sources = Sources.of(**parts)
+    filmed = {"drive": (drive, DRIVE_STAGES)} if isinstance(drive, Subject) else {}
+    sources = Sources.of(avatar=(avatar, AVATAR_STAGES), **filmed)
     names, trained_at = _trained(avatar)
     clip = load_clip(avatar, request.resolution or trained_at)
     check_names(clip.expression_names, names)
@@ -196,13 +194,16 @@ def driver_run(request: ReenactRequest) -> RunRequest | None:
     Raises:
         UserError: the avatar, the output or the video is at fault; all that can be told before the run.
     """
-    avatar, _ = avatar_and_place(request)
+    avatar, path = avatar_and_place(request)
     drive = find_driver(request.drive, Dataset(request.data))
     if isinstance(drive, Subject) or _is_table(drive):
         return None
-    Sources.of(avatar=(avatar, AVATAR_STAGES))
+    sources = Sources.of(avatar=(avatar, AVATAR_STAGES))
     _trained(avatar)
-    return run_for_driver(drive, request.data, request.device, request.threads)
+    run = run_for_driver(drive, request.data, request.device, request.threads)
+    if run.videos:  # whatever is there was made by somebody else
+        Product(path, sources, {}, VERSION, force=request.force).check_free()
+    return run
 
 
 def avatar_and_place(request: ReenactRequest) -> tuple[Subject, Path]:

@@ -322,6 +322,10 @@ def test_a_video_is_a_subject_before_it_drives(dataset: Dataset, tmp_path: Path)
     assert (run.subject, run.videos, run.last) == ("carl-2", (new,), "fit")
     with pytest.raises(UserError, match="is not tracked yet"):
         check_reenact(request)
+    (dataset.root / "anna/reenact").mkdir()
+    (dataset.root / "anna/reenact/carl-2.mp4").write_bytes(b"mine")
+    with pytest.raises(UserError, match="is there already"):
+        driver_run(request)
     other = write_tone(tmp_path / "bert.mp4", begins=0.1, seconds=0.5, fps=FPS)
     with pytest.raises(UserError, match="would become the subject 'bert', who was made from another video"):
         driver_run(request_of(data=dataset.root, avatar="anna", drive=str(other)))
