@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ MAX_PALETTE = 65_536
 MAX_GAUSSIANS = 10_000_000
 MAX_META_BYTES = 1_000_000
 PALETTE_COLUMNS = 64
+ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+"""What Python raises over zip files of somebody else; the last where an entry is encrypted, or of a new kind."""
 
 _LEVELS = 256
 _TAG = 252
@@ -115,14 +118,10 @@ def read_sog(path: Path) -> Splats:
             return _read(file).turned()
     except OSError as error:
         raise UserError(f"Cannot read '{path}': {error.strerror or error}.", "check the path") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, NotImplementedError) as error:
-        raise _refusal(path, error) from None
-    except (zipfile.BadZipFile, RuntimeError) as error:  # the latter where an entry is encrypted
-        raise _refusal(path, error) from None
-
-
-def _refusal(path: Path, error: Exception) -> UserError:
-    return UserError(f"'{path}' is not a SOG that can be read: {error}.", "export it again; headcast reads version 2")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, *ZIP_DAMAGE) as error:
+        raise UserError(
+            f"'{path}' is not a SOG that can be read: {error}.", "export it again; headcast reads version 2"
+        ) from None
 
 
 def _read(file: zipfile.ZipFile) -> Splats:

@@ -35,7 +35,7 @@ MIXED = {"jawOpen": 0.5, "mouthSmileLeft": 0.6, "mouthSmileRight": 0.6, "browInn
 """Coefficients together: what adding deltas up costs is measured with them."""
 NEIGHBOURS = 8
 """So many Gaussians colour a vertex."""
-MAX_DELTA_BYTES = 2_000_000_000
+MAX_SHAPES = 1000
 
 
 class Mesh(NamedTuple):
@@ -141,17 +141,20 @@ def read_deltas(path: Path, count: int) -> dict[str, NDArray[np.float32]]:
     """
     import zipfile
 
+    from pipeline.sog import ZIP_DAMAGE
+
     try:
+        most = 4 * MAX_SHAPES * len(COLUMNS) * count + 1_000_000
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > MAX_DELTA_BYTES:
-                raise ValueError(f"it unpacks to more than {MAX_DELTA_BYTES / 1e9:.0f} GB")
+            if sum(entry.file_size for entry in archive.infolist()) > most:
+                raise ValueError(f"it unpacks to more than {most} bytes")
         with np.load(path, allow_pickle=False) as file:
             names, deltas = [str(name) for name in file["names"]], file["deltas"].astype(np.float32)
         if deltas.shape != (len(names), count, len(COLUMNS)) or not np.isfinite(deltas).all():
             raise ValueError(f"its deltas have shape {list(deltas.shape)} or are not finite")
     except OSError as error:
         raise UserError(f"Cannot read '{path}': {error.strerror or error}.", "check the path") from None
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, MemoryError, *ZIP_DAMAGE) as error:
         raise UserError(f"'{path}' holds no deltas that can be read: {error}.", "export it again") from None
     return dict(zip(names, deltas, strict=True))
 

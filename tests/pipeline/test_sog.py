@@ -108,6 +108,24 @@ def test_hostile_files_are_refused_in_words(tmp_path: Path, change: dict[str, An
     assert str(path) in error.value.what and error.value.fix
 
 
+def test_damaged_bytes_never_get_past(tmp_path: Path) -> None:
+    """A file with any bytes changed is read or refused in words, also one that is compressed."""
+    path, rng = tmp_path / "a.sog", np.random.default_rng(0)
+    write_sog(path, random_splats(20))
+    changed(path)
+    data, refused = path.read_bytes(), 0
+    for _ in range(120):
+        damaged = bytearray(data)
+        for at in rng.integers(len(data), size=4):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_sog(path)
+        except UserError:
+            refused += 1
+    assert refused > 60
+
+
 def test_no_zip_and_no_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.sog").write_bytes(b"PK\x03\x04 and no more")
     for name, complaint in (("a.sog", "not a zip file"), ("none.sog", "No such file")):
