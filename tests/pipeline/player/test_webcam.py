@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -155,4 +156,20 @@ def test_a_refusal_is_told_in_words(site: Path, camera: browser.Chromium) -> Non
             page.get_by_text(words).wait_for()
             assert page.evaluate("player.driver") is None
             assert page.locator("#driver-webcam *").count() == 0
+    visit.check_clean()
+
+
+def test_a_damaged_file_is_told_in_words_and_may_be_mended(
+    site: Path, camera: browser.Chromium, tmp_path: Path
+) -> None:
+    shutil.copytree(site, tmp_path, dirs_exist_ok=True)
+    whole = (site / webcam.FILE).read_bytes()
+    (tmp_path / webcam.FILE).write_bytes(whole[:-100])
+    with browser.serve(tmp_path) as url, camera.visit(url) as visit:
+        visit.page.locator(READY).wait_for()
+        visit.page.get_by_label("Drive with the camera").click()
+        visit.page.get_by_text("A file of this page is damaged: it does not unpack.").wait_for()
+        (tmp_path / webcam.FILE).write_bytes(whole)
+        visit.page.get_by_label("Drive with the camera").click()
+        visit.page.locator("#driver-webcam video").wait_for()
     visit.check_clean()
