@@ -359,7 +359,7 @@ class Scene:
         ticks = times[first] + np.arange(round((times[last] - times[first]) * fps) + 1) / float(fps)
         values, held = driver.at(ticks, times, plan.driver.shots)
         done = transfer(values, driver, own, plan.request.overshoot)
-        camera = int(np.bincount(plan.clip.cameras[plan.clip.usable]).argmax())
+        camera = plan.clip.main_camera
         conditions = conditions_for(avatar, done.values, own, camera)
         filmed = ClipRenderer.of(avatar, plan.clip, plan.request.threads, device)
         cameras = np.full(len(ticks), camera)
