@@ -132,6 +132,13 @@ class Painter:
             joints_identity_basis=head.joints_identity_basis[:0],
         )
 
+    @cached_property
+    def _edges(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """[n,2] the mesh's edges, each once, and [F,3] the numbers of each face's."""
+        pairs = np.sort(self.head.faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2), 1)
+        edges, of_face = np.unique(pairs, axis=0, return_inverse=True)
+        return edges, of_face.reshape(-1, 3)
+
     def paint(self, scene: Scene, camera: Camera, transparent: bool = False) -> Picture:
         """The picture [H,W,3], or [H,W,4] with straight alpha.
 
@@ -246,7 +253,10 @@ class Painter:
         corners = vertices[self.head.faces]
         normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         towards = (np.einsum("fi,fi->f", normals, corners[:, 0]) < 0) & (corners[..., 2] > 0).all(1)
-        lines = _sixteenths(project_points(vertices, camera.K))[_edges(self.head.faces[towards])]
+        edges, of_face = self._edges
+        shown = np.zeros(len(edges), bool)
+        shown[of_face[towards]] = True
+        lines = _sixteenths(project_points(vertices, camera.K))[edges[shown]]
         drawn = cv2.polylines(picture.copy(), list(lines), False, (*EDGES, 255), 1, cv2.LINE_AA, 4)
         return np.asarray(cv2.addWeighted(drawn, 0.45, picture, 0.55, 0), np.uint8)
 
@@ -296,12 +306,6 @@ def _as_points(gaussians: Gaussians) -> Gaussians:
     """The same centres and colours as small dots."""
     shown = (gaussians.opacities > POINT_OPACITY).to(gaussians.opacities)
     return gaussians._replace(scales=torch.full_like(gaussians.scales, POINT_M), opacities=shown)
-
-
-def _edges(faces: NDArray[np.int32]) -> NDArray[np.int64]:
-    """[n,2] each edge of some faces once."""
-    pairs = np.sort(faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2).astype(np.int64), 1)
-    return np.stack(np.divmod(np.unique(pairs[:, 0] << 32 | pairs[:, 1]), 1 << 32), 1)
 
 
 def _sixteenths(pixels: Floats) -> NDArray[np.int32]:
