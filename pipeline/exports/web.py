@@ -91,7 +91,7 @@ def _read(export: Export) -> tuple[BakedAvatar, Performance, Clip]:
     if not (folder / DESCRIPTION).is_file():
         raise UserError(
             f"Subject '{subject.name}' has no baked avatar: it was exported with export.bake=false.",
-            f"bake it: headcast rerun {subject.name} --set export.bake=true",
+            f"run its video again without that; what is fresh stays: headcast run VIDEO --subject {subject.name}",
         )
     avatar, clip = load_avatar(folder), LoadedSubject(subject).clip
     if not isinstance(avatar, BakedAvatar):
