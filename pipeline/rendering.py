@@ -470,8 +470,8 @@ def _avatar(plan: RenderPlan) -> Avatar:
     request, subject = plan.request, plan.subject
     if request.baked and not (subject.subject.stage("export") / "baked" / DESCRIPTION).is_file():
         raise UserError(
-            f"'{subject.name}' has no baked avatar.",
-            f"bake it with: headcast rerun {subject.name} --from export --set export.bake=true",
+            f"'{subject.name}' has no baked avatar: it was exported with export.bake=false.",
+            f"run its video again without that; what is fresh stays: headcast run VIDEO --subject {subject.name}",
         )
     device = resolve_device(request.device)
     avatar = subject.avatar(baked=request.baked, device=str(device))
