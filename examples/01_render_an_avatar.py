@@ -34,7 +34,7 @@ pictures = [
     avatar.render(camera=small),
     avatar.render(happy, camera=small),
     avatar.render(surprised, pipeline.Pose(pitch=4), small),
-    avatar.render(pose=pipeline.Pose(yaw=12, gaze=(0, -12)), camera=small),
+    avatar.render(pose=pipeline.Pose(yaw=6, gaze=(0, -6)), camera=small),
 ]
 Image.fromarray(np.concatenate(pictures, axis=1)).save("expressions.png")
 
@@ -42,7 +42,7 @@ Image.fromarray(np.concatenate(pictures, axis=1)).save("expressions.png")
 # The camera can go round the head. What the clip never saw is a guess, and looks like one.
 
 # %%
-views = [avatar.render(happy, camera=avatar.camera(320, yaw, pitch)) for yaw, pitch in ((-15, 0), (0, 10), (15, 0))]
+views = [avatar.render(happy, camera=avatar.camera(320, yaw, pitch)) for yaw, pitch in ((-10, 0), (0, 8), (10, 0))]
 Image.fromarray(np.concatenate(views, axis=1)).save("views.png")
 
 # %% [markdown]

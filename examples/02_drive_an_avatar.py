@@ -35,7 +35,7 @@ def performance(seconds: float) -> tuple[dict[str, float], pipeline.Pose]:
     """What drives the avatar at a moment."""
     jaw = 0.35 * (0.5 - 0.5 * math.cos(4 * math.pi * seconds))
     blink = max(0.0, 1 - abs(seconds % 1 - 0.5) / 0.1)
-    pose = pipeline.Pose(yaw=6 * math.sin(math.pi * seconds), roll=2 * math.sin(2 * math.pi * seconds))
+    pose = pipeline.Pose(yaw=4 * math.sin(math.pi * seconds), roll=2 * math.sin(2 * math.pi * seconds))
     return {"jawOpen": jaw, "eyeBlinkLeft": blink, "eyeBlinkRight": blink}, pose
 
 
@@ -48,7 +48,7 @@ write_video(Path("own_numbers.mp4"), film, subject.fps)
 
 # %%
 steps = [frame / max(frames - 1, 1) for frame in range(frames)]
-film = (avatar.render(subject.condition(i), camera=avatar.camera(384, yaw=24 * s - 12)) for i, s in enumerate(steps))
+film = (avatar.render(subject.condition(i), camera=avatar.camera(384, yaw=16 * s - 8)) for i, s in enumerate(steps))
 write_video(Path("own_clip.mp4"), film, subject.fps)
 
 # %% [markdown]

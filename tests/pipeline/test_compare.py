@@ -129,7 +129,7 @@ def test_equal_avatars_in_other_crops_cannot_be_told_apart(data: Path) -> None:
     assert any(note.startswith("anna: trained on another crop") for note in document["notes"])
 
 
-def test_names_stay_text_wherever_they_are_shown(data: Path, tmp_path: Path) -> None:
+def test_names_stay_text_wherever_they_are_shown(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = compare(check_compare(data, ["anna", "anna-few"]))
     folder = data / "anna" / "compare" / "anna-vs-anna-few"
     shown = json.loads(json.dumps(document).replace("anna-few", json.dumps(HOSTILE)[1:-1]))
@@ -138,6 +138,11 @@ def test_names_stay_text_wherever_they_are_shown(data: Path, tmp_path: Path) -> 
     page = Page(source)
     assert "script" not in {tag for tag, _ in page.tags} and HOSTILE in page.text
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "video" in {tag for tag, _ in page.tags}
+    monkeypatch.setattr("pipeline.compare_page.VIDEO_LIMIT_BYTES", 4)
+    write_page(folder, shown, {next(folder.glob("frame-*.jpg")).name: HOSTILE})
+    large = Page((folder / "compare.html").read_text())
+    assert "video" not in {tag for tag, _ in large.tags} and ("a", {"href": "compare.mp4"}) in large.tags
     lines = table_lines(HOSTILE, shown["runs"], shown["baselines"])
     assert "<script" not in "".join(lines) and len({line.count("|") for line in lines}) == 1
     image = np.zeros((64, 64, 3), np.uint8)
