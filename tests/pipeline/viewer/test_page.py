@@ -70,6 +70,7 @@ def test_the_page_shows_what_is_asked_for(at: Served, tmp_path: Path) -> None:
                 # The panel is at the right and changes as well.
                 return visit.page.screenshot(clip={"x": 0, "y": 200, "width": 380, "height": 380})
 
+            until(lambda: canvas() == canvas())
             before, painted = canvas(), at.page.pictures
             visit.page.get_by_text("Face", exact=True).click()
             visit.page.get_by_text("Jaw", exact=True).click()
@@ -77,7 +78,7 @@ def test_the_page_shows_what_is_asked_for(at: Served, tmp_path: Path) -> None:
             field = visit.page.locator(f"[id='{controls._coefficients['jawOpen']._impl.uuid}']")
             field.locator("xpath=following-sibling::*//input").fill("1")
             until(lambda: controls.scene().expression.get("jawOpen", 0) > 0)
-            assert controls.scene().drive == "sliders"
+            until(lambda: controls.scene().drive == "sliders")
             until(lambda: at.page.pictures > painted)
             until(lambda: canvas() != before)
             # What has such a name is shown as text, not obeyed.
