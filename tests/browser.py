@@ -1,131 +1,36 @@
-"""Debian's Chromium for tests of pages: a static server on loopback, and all that a page complains of or reaches for.
+"""Pages in Chromium (`pipeline.chromium`) for tests, which are skipped where there is none.
 
-    with browser.serve(folder) as url, browser.chromium(tmp_path / "profile") as opened:
-        with opened.visit(url + "index.html") as visit:
-            visit.page.click("#play")
-        visit.check_clean()
-
-Every name but loopback's fails to resolve in it, so that a request to the outside fails, and is told.
+with browser.serve(folder) as url, browser.chromium(tmp_path / "profile") as opened:
+    with opened.visit(url + "index.html") as visit:
+        visit.page.click("#play")
+    browser.check_clean(visit)
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import http.server
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import pytest
 
-if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext, Page, Request
+import pipeline.chromium
+from pipeline.chromium import CHROMIUM, Chromium, Visit, serve
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = (
-    # Mesa's software renderer; SwiftShader is slower.
-    "--use-gl=angle",
-    "--use-angle=gl-egl",
-    "--ignore-gpu-blocklist",
-    "--disable-gpu-sandbox",
-    "--no-sandbox",
-    "--disable-dev-shm-usage",
-    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1 , EXCLUDE localhost",
-)
-CAMERA_FLAGS = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
-INSIDE_SCHEMES = ("file", "blob", "data", "about")
-INSIDE_HOSTS = ("127.0.0.1", "localhost")
-
-
-@dataclass
-class Visit:
-    """A page that was opened, and what went wrong in it.
-
-    Attributes:
-        page: Playwright's.
-        errors: of the console, and exceptions that nothing caught.
-        outside: URLs asked for that are not of this machine.
-    """
-
-    page: Page
-    errors: list[str] = field(default_factory=list)
-    outside: list[str] = field(default_factory=list)
-
-    def check_clean(self) -> None:
-        """Fail where the page complained or reached outside."""
-        assert self.errors == []
-        assert self.outside == []
-
-    def _note_request(self, request: Request | Any) -> None:
-        parts = urlsplit(request.url)
-        if parts.scheme not in INSIDE_SCHEMES and parts.hostname not in INSIDE_HOSTS:
-            self.outside.append(request.url)
-
-
-@dataclass(frozen=True)
-class Chromium:
-    """A running Chromium."""
-
-    context: BrowserContext
-
-    @contextlib.contextmanager
-    def visit(self, url: str, *, width: int = 800, height: int = 600, **media: Any) -> Iterator[Visit]:
-        """A tab of its own with this page loaded; `media` as `Page.emulate_media` takes it."""
-        page = self.context.new_page()
-        try:
-            page.set_viewport_size({"width": width, "height": height})
-            page.emulate_media(**media)
-            visit = Visit(page)
-            page.on("console", lambda message: visit.errors.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error: visit.errors.append(f"{error.message}\n{error.stack}"))
-            page.on("request", visit._note_request)
-            page.on("websocket", visit._note_request)
-            page.goto(url)
-            yield visit
-        finally:
-            page.close()
+__all__ = ["Chromium", "check_clean", "chromium", "serve"]
 
 
 @contextlib.contextmanager
 def chromium(profile: Path, *, camera: Path | None = None) -> Iterator[Chromium]:
-    """Chromium with a profile folder of its own; skips the test, with the reason, where there is none.
-
-    Args:
-        profile: an empty folder, or none yet.
-        camera: a film (.mjpeg or .y4m) that plays over and over in place of a camera, which pages may use unasked.
-    """
+    """Chromium; skips the test, with the reason, where there is none."""
     if not CHROMIUM.is_file():
         pytest.skip(f"no {CHROMIUM} here to open pages with")
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright here to open pages with")
-    flags = [*FLAGS, *CAMERA_FLAGS, f"--use-file-for-fake-video-capture={camera}"] if camera else list(FLAGS)
-    with playwright.sync_playwright() as started:
-        context = started.chromium.launch_persistent_context(
-            profile, executable_path=CHROMIUM, args=flags, headless=True, permissions=["camera"] if camera else None
-        )
-        try:
-            yield Chromium(context)
-        finally:
-            context.close()
+    pytest.importorskip("playwright", reason="no playwright here to open pages with")
+    with pipeline.chromium.chromium(profile, camera=camera) as opened:
+        yield opened
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def serve(folder: Path) -> Iterator[str]:
-    """Serve a folder's files on a free port of loopback; gives the URL, with a slash at its end."""
-    handler = functools.partial(_Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/"
-        finally:
-            server.shutdown()
-            thread.join()
+def check_clean(visit: Visit) -> None:
+    """Fail where the page complained or reached outside."""
+    assert visit.errors == []
+    assert visit.outside == []

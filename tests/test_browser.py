@@ -27,4 +27,4 @@ def test_tells_complaints_and_requests(tmp_path: Path) -> None:
         assert any("thrown" in error for error in visit.errors)
         with opened.visit((site / "here.txt").as_uri()) as visit:
             pass
-        visit.check_clean()
+        browser.check_clean(visit)

@@ -30,11 +30,12 @@ class Bench(Common):
     is done; what was lost, torn or different in the end, exit code 1 if anything was; some minutes. orchestration: what
     Prefect costs per stage, batches and submissions of 20, how long a killed worker's subject waits, status and the
     nightly's decision on 10 to --subjects finished subjects. view: how fast headcast view makes
-    pictures of a subject in --data, named in place of a video; some seconds.
+    pictures of a subject in --data, named in place of a video; some seconds. player: how near the exported page's
+    pictures are to ours, and what its JavaScript costs, for subjects in --data; wants Chromium and Playwright.
     """
 
     what: tyro.conf.Positional[
-        Literal["raster", "run", "matte", "avatars", "ablation", "status", "faults", "orchestration", "view"]
+        Literal["raster", "run", "matte", "avatars", "ablation", "status", "faults", "orchestration", "view", "player"]
     ] = "raster"
     """What to measure."""
     videos: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -105,6 +106,13 @@ class Bench(Common):
 
             document = bench_view.bench(self.data, str(self.videos[0]), self.threads, default_reporter().message)
             return document, bench_view.table(document), 0
+        if self.what == "player":
+            if not self.videos:
+                raise UserError("bench player wants subjects.", "headcast bench player SUBJECT...")
+            from pipeline import bench_player
+
+            document = bench_player.bench(self.data, [str(name) for name in self.videos], default_reporter().message)
+            return document, bench_player.table(document), 0
         from pipeline import bench_avatars, bench_matte, bench_run
         from pipeline.assets import SAMPLE_CLIP, asset_path, ensure_assets
         from pipeline.config import AVATARS, Config

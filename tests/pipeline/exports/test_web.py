@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from pipeline.avatars import Condition, load_avatar, save_avatar
 from pipeline.avatars.baked import BakedAvatar
 from pipeline.bake import bake
+from pipeline.bench_player import READY, drawn, drive_of
 from pipeline.dataset import Dataset
 from pipeline.errors import UserError
 from pipeline.exports import check_export, export, packing
@@ -26,13 +26,8 @@ from pipeline.geometry import make_rigid, rotvec_to_matrix
 from pipeline.metrics import psnr
 from pipeline.viewpoint import Camera, orbit, up_of
 
-READY = "body:not(.loading)"
 SIZE = 128
 OPTIONS = {"webcam": "false"}
-PICTURE = """([drive, camera]) => {
-  const { pixels } = player.picture(drive, camera);
-  return btoa(Array.from(pixels, (byte) => String.fromCharCode(byte)).join(""));
-}"""
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'&{{ 7 * 7 }}"
 
 
@@ -73,30 +68,9 @@ def baked(data: Dataset) -> BakedAvatar:
     return avatar
 
 
-def drive_of(condition: Condition, *, followed: bool = False) -> dict[str, Any]:
-    """A condition as the page takes it; `followed` leaves out what is to follow from head and coefficients."""
-    drive: dict[str, Any] = {
-        "expression": condition.expression.tolist(),
-        "head": condition.T_cam_head.flatten().tolist(),
-        "eyes": condition.eyes[:, :2].flatten().tolist(),
-        "torso": condition.T_cam_torso.flatten().tolist(),
-        "torsoShape": condition.torso_shape.tolist(),
-        "skull": condition.T_cam_skull.flatten().tolist(),
-    }
-    return drive | dict.fromkeys(("eyes", "torso", "torsoShape", "skull")) if followed else drive
-
-
-def camera_of(camera: Camera) -> dict[str, Any]:
-    (fx, _, cx), (_, fy, cy), _ = camera.K.tolist()
-    sizes = {"width": camera.width, "height": camera.height}
-    return sizes | {"fx": fx, "fy": fy, "cx": cx, "cy": cy, "view": camera.T_cam_world.flatten().tolist()}
-
-
-def drawn(page: Any, condition: Condition, camera: Camera) -> np.ndarray:
-    """The page's picture, [H,W,3] in [0,1]."""
-    text = page.evaluate(PICTURE, [drive_of(condition), camera_of(camera)])
-    pixels = np.frombuffer(base64.b64decode(text), np.uint8).reshape(camera.height, camera.width, 4)
-    return pixels[..., :3] / 255
+def followed(condition: Condition) -> dict[str, Any]:
+    """A condition as the page takes it, without what is to follow from head and coefficients."""
+    return drive_of(condition) | dict.fromkeys(("eyes", "torso", "torsoShape", "skull"))
 
 
 def ours(avatar: Any, condition: Condition, camera: Camera) -> np.ndarray:
@@ -126,7 +100,7 @@ def test_it_draws_what_our_renderer_draws(
                 assert seen.std() > 0.05
                 assert psnr(seen, ours(baked, condition, camera)) > 45
             assert psnr(drawn(visit.page, clip.frame(7), clip_camera), ours(full, clip.frame(7), clip_camera)) > 35
-        visit.check_clean()
+        browser.check_clean(visit)
 
 
 @pytest.mark.parametrize("vectors", [True, False])
@@ -137,20 +111,20 @@ def test_its_numbers_are_those_of_the_model(
     far = make_rigid(rotvec_to_matrix(torch.tensor([0.3, -2.0, 0.4])), torch.tensor([0.1, -0.05, 0.9]))
     face = baked.follow_face(torch.rand(1, 52, generator=torch.Generator().manual_seed(1)), far[None])
     packed, _ = unpack((exported / AVATAR).read_bytes())
-    cases = [(baked.neutral, False), (clip.frame(3), False), (face.frame(0), True)]
+    cases = [(c, drive_of(c)) for c in (baked.neutral, clip.frame(3))] + [(face.frame(0), followed(face.frame(0)))]
     with browser.serve(exported) as url, chromium.visit("about:blank") as visit:
         if not vectors:
             visit.page.add_init_script("delete window.WebAssembly")
         visit.page.goto(url)
         visit.page.locator(READY).wait_for()
-        for condition, followed in cases:
-            given = visit.page.evaluate("(drive) => player.numbers(drive)", drive_of(condition, followed=followed))
+        for condition, drive in cases:
+            given = visit.page.evaluate("(drive) => player.numbers(drive)", drive)
             prepared = baked.prepare(Condition(*(value[None] for value in condition)))
             np.testing.assert_allclose(given["weights"], prepared.weights[0], atol=1e-4, rtol=1e-4)
             np.testing.assert_allclose(np.reshape(given["torso"], (4, 4)), condition.T_cam_torso, atol=1e-5)
             means = np.reshape(given["means"], (3, -1)).T
             np.testing.assert_allclose(means, packed.gaussians(condition).means, atol=1e-5)
-    visit.check_clean()
+    browser.check_clean(visit)
 
 
 def test_sliders_clip_and_keys(exported: Path, chromium: browser.Chromium) -> None:
@@ -184,7 +158,7 @@ def test_sliders_clip_and_keys(exported: Path, chromium: browser.Chromium) -> No
         assert page.evaluate("player.rest.expression.every((value, i) => value === player.drive.expression[i])")
         page.locator("#view").press("p")
         assert not page.locator("#panel").is_visible()
-    visit.check_clean()
+    browser.check_clean(visit)
 
 
 def test_without_webgl2_it_says_so(exported: Path, chromium: browser.Chromium) -> None:
@@ -192,7 +166,7 @@ def test_without_webgl2_it_says_so(exported: Path, chromium: browser.Chromium) -
         visit.page.add_init_script("HTMLCanvasElement.prototype.getContext = () => null")
         visit.page.goto((exported / SINGLE).as_uri())
         visit.page.get_by_text("WebGL2").wait_for()
-    visit.check_clean()
+    browser.check_clean(visit)
 
 
 def test_hostile_names_stay_text(baked: BakedAvatar, chromium: browser.Chromium, tmp_path: Path) -> None:
@@ -206,7 +180,7 @@ def test_hostile_names_stay_text(baked: BakedAvatar, chromium: browser.Chromium,
             visit.page.locator(READY).wait_for()
             assert visit.page.locator("h1").text_content() == HOSTILE
             assert visit.page.evaluate("[player.names[0], typeof window.hacked]") == [HOSTILE, "undefined"]
-        visit.check_clean()
+        browser.check_clean(visit)
 
 
 def test_it_fits_and_comes_back(

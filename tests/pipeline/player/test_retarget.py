@@ -50,7 +50,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with browser.serve(folder) as url, browser.chromium(profile) as opened, opened.visit(url) as visit:
         visit.page.wait_for_function("window.modules")
         yield visit.page
-        visit.check_clean()
+        browser.check_clean(visit)
 
 
 def test_transfers_as_python_does(page: Any) -> None:

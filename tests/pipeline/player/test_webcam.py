@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.assets import FACE_LANDMARKER, asset_path
+from pipeline.bench_player import READY
 from pipeline.clip import load_clip
 from pipeline.errors import StageError
 from pipeline.exports import webcam
@@ -22,7 +23,6 @@ from pipeline.exports.web import AVATAR, SINGLE, write_page
 from pipeline.faces import Detector
 from pipeline.frames import save_image
 
-READY = "body:not(.loading)"
 JAW = "player.drive.expression[player.names.indexOf('jawOpen')]"
 OPENED = f"""(() => {{
   const {{ pixels }} = player.picture(player.drive, camera);
@@ -113,7 +113,7 @@ def test_the_mouth_before_the_camera_opens_that_of_the_avatar(place: str, site: 
         page.get_by_label("Drive with the camera").click()
         assert page.evaluate("[player.driver, track.readyState]") == ["sliders", "ended"]
         assert page.locator("#driver-webcam *").count() == 0
-    visit.check_clean()
+    browser.check_clean(visit)
 
 
 def test_the_page_sees_what_the_tracker_sees(site: Path, frames: list[Any], camera: browser.Chromium) -> None:
@@ -131,7 +131,7 @@ def test_the_page_sees_what_the_tracker_sees(site: Path, frames: list[Any], came
     # The head's joint lies behind and below the middle of the canonical face; y and z are turned over.
     joint = np.diag([1, -1, -1]) @ (face.pose @ [0, -1.35, -6.0, 1])[:3] / 100
     np.testing.assert_allclose(np.reshape(seen["pose"], (4, 4))[:3, 3], joint, atol=1e-3)
-    visit.check_clean()
+    browser.check_clean(visit)
 
 
 REFUSALS = (
@@ -156,7 +156,7 @@ def test_a_refusal_is_told_in_words(site: Path, camera: browser.Chromium) -> Non
             page.get_by_text(words).wait_for()
             assert page.evaluate("player.driver") is None
             assert page.locator("#driver-webcam *").count() == 0
-    visit.check_clean()
+    browser.check_clean(visit)
 
 
 def test_a_damaged_file_is_told_in_words_and_may_be_mended(
@@ -172,4 +172,4 @@ def test_a_damaged_file_is_told_in_words_and_may_be_mended(
         (tmp_path / webcam.FILE).write_bytes(whole)
         visit.page.get_by_label("Drive with the camera").click()
         visit.page.locator("#driver-webcam video").wait_for()
-    visit.check_clean()
+    browser.check_clean(visit)

@@ -86,7 +86,7 @@ def test_the_page_shows_what_is_asked_for(at: Served, tmp_path: Path) -> None:
             visit.page.get_by_text("Others", exact=True).click()
             assert visit.page.title() != "taken"
             assert visit.page.locator("img[src='x']").count() == 0
-        visit.check_clean()
+        browser.check_clean(visit)
     until(lambda: not at.page._watchers)
     assert at.page.failure is None
 
