@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +191,7 @@ def _contents(subject: Subject, stages: Sequence[Stage], config: Config) -> dict
         ],
         "versions": [("headcast", __version__), *_library_versions()],
         "clips": _clips(subject),
+        "commands": _commands(subject, states),
         "finished": max((str(manifest.get("finished", "")) for manifest in manifests), default=""),
     }
 
@@ -524,6 +526,24 @@ def _clips(subject: Subject) -> list[dict[str, Any]]:
     record = _read(subject.source / "source.json")
     clips = record.get("clips") if isinstance(record, dict) else None
     return [clip for clip in clips if isinstance(clip, dict)] if isinstance(clips, list) else []
+
+
+def _commands(subject: Subject, states: Sequence[State]) -> list[tuple[str, str]]:
+    """What can be done with a finished avatar, and what to type for it; empty before there is one."""
+    if not any(state.stage == "export" and state.manifest for state in states):
+        return []
+    return [(what, shlex.join(["headcast", *words])) for what, words in next_steps(subject).items()]
+
+
+def next_steps(subject: Subject) -> dict[str, list[str]]:
+    """What people do with a finished avatar: the words behind `headcast`."""
+    name, data = subject.name, [] if subject.root.parent == Path("data") else ["--data", str(subject.root.parent)]
+    return {
+        "Look at it and drive it": ["view", name, *data],
+        "Take it along, for any browser": ["export", name, "--to", "web", *data],
+        "Have somebody drive it": ["reenact", "--avatar", name, "--drive", "VIDEO_OR_CSV", *data],
+        "Film it from other sides": ["render", name, *data],
+    }
 
 
 def _library_versions() -> list[tuple[str, str]]:

@@ -199,4 +199,9 @@ def carry_out(request: Any) -> Answer:
     else:
         default_reporter(subject.name).message(f"{subject.name}: everything is fresh, nothing to do.")
     document = account(subject, states, worked)
+    if worked and states[-1].stage == STAGES[-1].name:
+        from pipeline.report import next_steps
+
+        steps = [shlex.join(["headcast", *words]) for words in next_steps(subject).values()]
+        default_reporter(subject.name).message(f"Next: {'; '.join(steps[:2])}")
     return document, str(subject.report), 0

@@ -204,7 +204,8 @@ def whole(subject: Subject, config: Config) -> tuple[Page, str]:
 def test_a_whole_run_has_every_section(whole: tuple[Page, str]) -> None:
     page, _ = whole
     expected = ["limits", "comparison", "held-out", "training", "coverage", "novel-views", "fit", "advice"]
-    assert page.headings() == [*expected, "stages", "timings", "settings"]
+    assert page.headings() == [*expected, "stages", "timings", "settings", "next"]
+    assert any(text.startswith("headcast view ada --data ") for text in page.texts)
     assert [a["id"] for a in page.all("article")] == [f"stage-{name}" for name in ORDER]
     assert len(page.all("video")) == 2, "the comparison, and the fitted head over the clip"
     others = "two held-out frames, the mean error, the fit's curves, the neutral head and novel views"
