@@ -42,7 +42,8 @@ class Export(Common):
     rerun: frames, landmarks, alpha, head, Gaussians and curves as a recording for the rerun viewer.
     Example: headcast export ada --to rerun --set every=2 --set splats=10
 
-    web: a page that plays and drives the avatar in any browser; a folder for a web server, and a single file.
+    web: a page that plays and drives the avatar in any browser, by webcam too; a folder, and all of it in a single file.
+    Example: headcast export ada --to web --set webcam=false
     """
 
     subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUBJECT")] = tyro.MISSING

@@ -99,6 +99,20 @@ def number(export: Export, option: str, default: int, low: int, high: int) -> in
     return int(text)
 
 
+def span(export: Export, count: int) -> range:
+    """The frames that the options `first`, `last` and `every` choose of so many.
+
+    Raises:
+        UserError: an option is no such number, or they choose none.
+    """
+    most = count - 1
+    first, last = number(export, "first", 0, 0, most), number(export, "last", most, 0, most)
+    frames = range(first, last + 1, number(export, "every", 1, 1, count))
+    if not frames:
+        raise UserError(f"'last={last}' lies before 'first={first}'.", f"choose frames of 0 to {most}")
+    return frames
+
+
 def choice(export: Export, option: str, *known: str) -> str:
     """What an option says that takes one of some words, by default the first.
 

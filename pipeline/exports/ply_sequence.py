@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import Interrupted, UserError
-from pipeline.exports import Export, choice, number
+from pipeline.errors import Interrupted
+from pipeline.exports import Export, choice, span
 
 VERSION = 1
 OPTIONS = {
@@ -47,11 +47,7 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
     from pipeline.ply import read_ply, write_ply
 
     subject = LoadedSubject(export.subject)
-    most = len(subject) - 1
-    first, last = number(export, "first", 0, 0, most), number(export, "last", most, 0, most)
-    frames = range(first, last + 1, number(export, "every", 1, 1, len(subject)))
-    if not frames:
-        raise UserError(f"'last={last}' lies before 'first={first}'.", f"choose frames of 0 to {most}")
+    frames = span(export, len(subject))
     world = choice(export, "axes", "world", "head") == "world"
     columns = choice(export, "columns", "all", "used")
     avatar = subject.avatar().model

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Interrupted, StageError, UserError
-from pipeline.exports import Export, check_export, export, number
+from pipeline.exports import Export, check_export, export, number, span
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,11 +77,7 @@ def write(plan: Export, folder: Path) -> dict[str, Any]:
     from pipeline.api import LoadedSubject
 
     subject = LoadedSubject(plan.subject)
-    most = len(subject) - 1
-    first, last = number(plan, "first", 0, 0, most), number(plan, "last", most, 0, most)
-    frames = range(first, last + 1, number(plan, "every", 1, 1, len(subject)))
-    if not frames:
-        raise UserError(f"'last={last}' lies before 'first={first}'.", f"choose frames of 0 to {most}")
+    frames = span(plan, len(subject))
     splats = number(plan, "splats", 10, 0, len(subject))
     rr.set_strict_mode(True)  # else what is wrong is left out with a warning
     stream = rr.RecordingStream(APPLICATION, recording_id=plan.product.key()[:32])
