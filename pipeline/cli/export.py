@@ -42,7 +42,7 @@ class Export(Common):
     rerun: frames, landmarks, alpha, head, Gaussians and curves as a recording for the rerun viewer.
     Example: headcast export ada --to rerun --set every=2 --set splats=10
 
-    web: a page that plays and drives the avatar in any browser, by webcam too; a folder, and all of it in a single file.
+    web: a page that plays and drives the avatar in any browser, by webcam too; a folder, and the same in one file.
     Example: headcast export ada --to web --set webcam=false
     """
 
