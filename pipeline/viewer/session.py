@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import shlex
 import socket
 import sys
 import time
@@ -70,8 +71,9 @@ def served(
     if threads is not None and threads < 1:
         raise UserError(f"--threads is {threads}.", "give at least 1")
     found = Dataset(data).existing(subject)
+    again = shlex.join(["headcast", "view", subject, "--data", str(data), "--port"])
     with (
-        contextlib.closing(listen(host, port, f"headcast view {subject} --port")) as listening,
+        contextlib.closing(listen(host, port, again)) as listening,
         one_tensor_thread(),
         warnings.catch_warnings(),
     ):
