@@ -9,6 +9,8 @@ joints are left out.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from pipeline.heads.external import HeadFile, NativeHead, check_shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 VERTICES, FACES, SHAPES, EXPRESSIONS = 5023, 9976, 300, 100
 USED_SHAPES = 100
@@ -39,15 +42,134 @@ _EXPECTED = {
 }
 
 
-def read_flame(path: Path) -> NativeHead:
-    """FLAME's arrays out of its pickle, by the restricted reader.
+@dataclass(frozen=True, eq=False)
+class Flame:
+    """FLAME itself, all of it: float64 tensors.
+
+    Attributes:
+        name: of the head model, such as "flame2023": numbers of one version are meaningless in another.
+        template: [5023,3] metres. faces: [9976,3].
+        shapes: [300,5023,3]. expressions: [100,5023,3].
+        pose_directions: [36,5023,3]. regressor: [5,5023]. weights: [5023,5] over root, neck, jaw and the two eyes.
+    """
+
+    name: str
+    template: Tensor
+    faces: NDArray[np.int64]
+    shapes: Tensor
+    expressions: Tensor
+    pose_directions: Tensor
+    regressor: Tensor
+    weights: Tensor
+
+    def shaped(self, shape: Tensor, expression: Tensor) -> Tensor:
+        """Vertices [T,5023,3] before anything turns.
+
+        Args:
+            shape: [S], S up to 300. expression: [T,E], E up to 100.
+        """
+        import torch
+
+        neutral = self.template + torch.einsum("s,svi->vi", shape, self.shapes[: len(shape)])
+        return neutral + torch.einsum("te,evi->tvi", expression, self.expressions[: expression.shape[1]])
+
+    def joints(self, shape: Tensor, expression: Tensor, static_offset: Tensor | None = None) -> Tensor:
+        """Joints [T,5,3] before anything turns: root, neck, jaw and the two eyes. They follow the expression too.
+
+        Args:
+            shape: [S], S up to 300. expression: [T,E], E up to 100. static_offset: [5023,3].
+        """
+        import torch
+
+        shaped = self.shaped(shape, expression)
+        return torch.einsum("jv,tvi->tji", self.regressor, shaped if static_offset is None else shaped + static_offset)
+
+    def vertices(
+        self,
+        shape: Tensor,
+        expression: Tensor,
+        rotation: Tensor,
+        neck: Tensor,
+        jaw: Tensor,
+        eyes: Tensor,
+        translation: Tensor,
+        static_offset: Tensor | None = None,
+    ) -> Tensor:
+        """Vertices [T,5023,3], differentiable (Li et al. 2017, equations 1 to 4).
+
+        Args:
+            shape: [S], S up to 300. expression: [T,E], E up to 100.
+            rotation: [T,3] rotation vectors about the root joint; neck, jaw: [T,3]. eyes: [T,2,3] of joints 3 and 4.
+            translation: [T,3] metres, added last.
+            static_offset: [5023,3] metres added to the shaped template.
+        """
+        import torch
+
+        from pipeline.geometry import rotvec_to_matrix
+
+        frames = len(expression)
+        shaped = self.shaped(shape, expression)
+        if static_offset is not None:
+            shaped = shaped + static_offset
+        joints = torch.einsum("jv,tvi->tji", self.regressor, shaped)
+        turns = rotvec_to_matrix(torch.cat([torch.stack([rotation, neck, jaw], 1), eyes], 1))
+        identity = torch.eye(3, dtype=shaped.dtype)
+        bent = (turns[:, 1:] - identity).reshape(frames, 36)
+        rest = shaped + torch.einsum("tp,pvi->tvi", bent, self.pose_directions)
+        globals_: list[tuple[Tensor, Tensor]] = [(turns[:, 0], joints[:, 0])]
+        for joint, parent in enumerate(PARENTS, 1):
+            R, at = globals_[parent]
+            place = at + torch.einsum("tij,tj->ti", R, joints[:, joint] - joints[:, parent])
+            globals_.append((R @ turns[:, joint], place))
+        posed = torch.zeros_like(rest)
+        for joint, (R, at) in enumerate(globals_):
+            turned = torch.einsum("tij,tvj->tvi", R, rest - joints[:, None, joint]) + at[:, None]
+            posed = posed + self.weights[:, joint, None] * turned
+        return posed + translation[:, None]
+
+
+def load_flame(name: str) -> Flame:
+    """FLAME of a version, from the user's own file.
+
+    Args:
+        name: "flame2020", "flame2023" or "flame2023open".
+
+    Raises:
+        UserError: the file is not there (where to get it and where it goes), or is not FLAME.
+    """
+    file = next(file for file in FLAME_FILES if file.name == name)
+    if not file.path.is_file():
+        raise UserError(f"This needs {file.title}, which is not on this machine.", file.missing())
+    return _load_flame(name, file.path, file.path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _load_flame(name: str, path: Path, stamp: int) -> Flame:
+    """`stamp` tells a file that was replaced."""
+    import torch
+
+    arrays = {key: torch.tensor(value) for key, value in _read_arrays(path).items()}
+    directions = arrays["shapedirs"].movedim(2, 0).contiguous()
+    return Flame(
+        name=name,
+        template=arrays["v_template"],
+        faces=arrays["f"].numpy().astype(np.int64),
+        shapes=directions[:SHAPES],
+        expressions=directions[SHAPES:],
+        pose_directions=arrays["posedirs"].movedim(2, 0).contiguous(),
+        regressor=arrays["J_regressor"],
+        weights=arrays["weights"],
+    )
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[np.float64]]:
+    """FLAME's arrays out of its pickle, by the restricted reader, dense.
 
     Raises:
         UserError: the file holds something else than plain arrays, or not FLAME's.
     """
     from scipy import sparse
 
-    from pipeline.geometry import rotvec_to_matrix
     from pipeline.restricted_pickle import load_plain
 
     data = load_plain(path)
@@ -60,7 +182,7 @@ def read_flame(path: Path) -> NativeHead:
         value = data[name].toarray() if sparse.issparse(data[name]) else data[name]
         if value.dtype.kind not in "iuf":
             raise UserError(f"'{path}' is not FLAME: {name} holds no numbers.", "get it again from its publisher")
-        return value.astype(np.float64)
+        return np.asarray(value, np.float64)
 
     parents = tuple(int(parent) for parent in array("kintree_table")[0, 1:])
     if parents != PARENTS:
@@ -68,10 +190,22 @@ def read_flame(path: Path) -> NativeHead:
             f"'{path}' is not FLAME: its joints hang on {parents}, expected {PARENTS}.",
             "get it again from its publisher",
         )
-    template, regressor = array("v_template"), array("J_regressor")
-    directions = np.ascontiguousarray(np.moveaxis(array("shapedirs"), 2, 0))
+    return {name: array(name) for name in _EXPECTED}
+
+
+def read_flame(path: Path) -> NativeHead:
+    """FLAME as a head that is driven by its controls, its jaw linearised.
+
+    Raises:
+        UserError: the file holds something else than plain arrays, or not FLAME's.
+    """
+    from pipeline.geometry import rotvec_to_matrix
+
+    arrays = _read_arrays(path)
+    template, regressor = arrays["v_template"], arrays["J_regressor"]
+    directions = np.ascontiguousarray(np.moveaxis(arrays["shapedirs"], 2, 0))
     shapes, expressions = directions[:USED_SHAPES], directions[SHAPES:]
-    weights = array("weights")
+    weights = arrays["weights"]
     joints = regressor @ template
     joint_directions = np.einsum("jv,svi->sji", regressor, shapes)
 
@@ -79,7 +213,7 @@ def read_flame(path: Path) -> NativeHead:
     for axis in np.eye(3):
         rotation = rotvec_to_matrix(JAW_ANGLE_RAD * axis)
         # Pose correctives: 9 entries of R - I for each joint but the root, whose next is the neck.
-        corrected = template + array("posedirs")[:, :, 9 * (JAW - 1) : 9 * JAW] @ (rotation - np.eye(3)).ravel()
+        corrected = template + arrays["posedirs"][:, :, 9 * (JAW - 1) : 9 * JAW] @ (rotation - np.eye(3)).ravel()
         turned = (corrected - joints[JAW]) @ rotation.T + joints[JAW]
         jaw.append((corrected + weights[:, [JAW]] * (turned - corrected) - template) / JAW_ANGLE_RAD)
 
@@ -89,7 +223,7 @@ def read_flame(path: Path) -> NativeHead:
     pivot, pivot_directions = joints[NECK], joint_directions[:, NECK]
     return NativeHead(
         template=template - pivot,
-        faces=array("f").astype(np.int32),
+        faces=arrays["f"].astype(np.int32),
         identity_basis=(shapes - pivot_directions[:, None]).astype(np.float32),
         identity_names=tuple(f"shape_{index:03d}" for index in range(USED_SHAPES)),
         controls=np.concatenate([expressions, jaw]).astype(np.float32),
