@@ -1,7 +1,8 @@
 """The source of a subject: its clips as given, kept in the dataset with what they say of themselves.
 
-A clip is a video or a folder of images. `source.json` carries the hash over all of them that the first stage's key
-rests on, so that another clip, or another order, makes the stages stale.
+A clip is a video, a folder of images, or another project's dataset (`pipeline.interchange`), which comes alone.
+`source.json` carries the hash over all of them that the first stage's key rests on, so that another clip, or another
+order, makes the stages stale.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pipeline import __version__
 from pipeline.config import DecodeConfig
 from pipeline.dataset import (
     Subject,
@@ -33,7 +36,12 @@ from pipeline.errors import UserError
 from pipeline.frames import counted
 from pipeline.video import IMAGE_SUFFIXES, VideoInfo, image_files, probe
 
+if TYPE_CHECKING:
+    from pipeline.interchange.recording import Recording
+
 SCHEMA = 2
+DATASET = "dataset"
+"""The kind of a clip that is another project's dataset, and the name of its folder in `source/`."""
 MIN_SIDE_PX = 64
 """Smaller pictures cannot show a face that could be tracked."""
 
@@ -49,6 +57,14 @@ class _Given:
     kind: str
     files: list[Path]
     stamp: list[list[int]]
+    reading: tuple[str, ...] = ()
+    """Of a dataset: format, frames a second and FLAME that it is read with, and a hash of its files' names."""
+
+    def names(self) -> list[str]:
+        """What the files are called inside the dataset, relative to the clip's folder there; a video has none."""
+        if self.kind == DATASET:
+            return [file.relative_to(self.path).as_posix() for file in self.files]
+        return [f"{number:06d}{file.suffix.lower()}" for number, file in enumerate(self.files)]
 
 
 def register_source(subject: Subject, paths: Sequence[Path], like: Path | None = None) -> dict[str, Any]:
@@ -72,6 +88,91 @@ def register_source(subject: Subject, paths: Sequence[Path], like: Path | None =
         check_sources(paths)
         record = _take(subject, given, record)
     return record if like is None else register_photo(subject, like)
+
+
+def register_dataset(subject: Subject, folder: Path, recording: Recording) -> dict[str, Any]:
+    """Take another project's dataset into `source/dataset/` and return `source.json`. The caller holds the lock.
+
+    Its files keep their places; those that no part of the recording are left out. They are hard-linked where the file
+    system can, else copied, and replace an earlier source in one step; a dataset that is there already is left alone.
+
+    Args:
+        subject: whose source.
+        folder: the dataset.
+        recording: what was read from it, and so found good (`pipeline.interchange.read`).
+
+    Raises:
+        UserError: a file went away, or has a name that cannot be kept.
+    """
+    given, record = _look_at_dataset(folder, recording.files, _reading(recording)), _registered(subject)
+    if record is not None and _same_clips(record, [given]):
+        return record
+    width, height = recording.size
+    told = VideoInfo(
+        kind=DATASET,
+        codec=recording.format,
+        width=width,
+        height=height,
+        fps=str(recording.fps),
+        frames=len(recording),
+        seconds=round(float((recording.numbers[-1] - recording.numbers[0] + 1) / recording.fps), 6),
+        orientation="upright",
+        colour="",
+        warnings=recording.notes,
+    )
+    provenance = {
+        "format": recording.format,
+        "folder": given.path.name,
+        "fps": str(recording.fps),
+        "flame": recording.flame.version if recording.flame is not None else None,
+        "basis": recording.basis,
+        "alpha": recording.alpha,
+        "notes": list(recording.notes),
+        "headcast": __version__,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return _take(subject, [given], record, told, provenance)
+
+
+def is_registered_dataset(subject: Subject, folder: Path, recording: Recording) -> bool:
+    """Whether this dataset, told by its files' sizes and times of change, is the subject's source already. Reads only.
+
+    Raises:
+        UserError: as `register_dataset`.
+    """
+    record = _registered(subject)
+    given = _look_at_dataset(folder, recording.files, _reading(recording))
+    if record is None:
+        return False
+    return _same_clips(record, [given]) or record["clips"][0]["sha256"] == _digest(given)
+
+
+def imported(subject: Subject) -> dict[str, Any] | None:
+    """Where a subject was imported from; None for one that was filmed, or that has no source.
+
+    Returns:
+        `format`, `folder` (name), `fps` (text), `flame` (version or None), `basis`, `alpha` (kind, as of a
+        `Recording`), `notes`, `headcast` (version that imported it), `when` (ISO 8601).
+    """
+    record = _registered(subject) or {}
+    told: dict[str, Any] | None = record.get("imported")
+    return told
+
+
+def read_dataset(subject: Subject) -> Recording:
+    """What an imported subject's dataset holds, read again from `source/dataset/` as it was read when it was imported.
+
+    Raises:
+        UserError: the source is missing, damaged or no dataset.
+    """
+    from fractions import Fraction
+
+    from pipeline.interchange import ReadOptions, read
+
+    told = _known(subject).get("imported")
+    if told is None:
+        raise UserError(f"'{subject.name}' was not imported.", "headcast import FOLDER")
+    return read(subject.source / DATASET, told["format"], ReadOptions(Fraction(told["fps"]), told["flame"]))
 
 
 def register_photo(subject: Subject, path: Path) -> dict[str, Any]:
@@ -277,12 +378,9 @@ def source_files(subject: Subject) -> list[Path]:
     """
     files = []
     for entry in source_entries(subject):
-        given = _look_at(subject.source / str(entry["file"]))
+        given = _look_at_kept(subject, entry)
         if _digest(given) != entry["sha256"]:
-            raise UserError(
-                f"'{given.path}' was changed since it was taken in.",
-                f"give the video again: headcast run VIDEO --subject {subject.name}",
-            )
+            raise UserError(f"'{given.path}' was changed since it was taken in.", _give_again(subject))
         files += given.files
     return files
 
@@ -332,6 +430,52 @@ def _look_at(path: Path) -> _Given:
     return _Given(path, "images" if path.is_dir() else "video", files, stamp)
 
 
+def _look_at_dataset(folder: Path, names: Sequence[str], reading: tuple[str, ...]) -> _Given:
+    """Files of a dataset, sorted by name.
+
+    Raises:
+        UserError: one is not there, or has a name that another machine might not keep.
+    """
+    folder = folder.absolute()
+    ordered = sorted(set(names))
+    _check_names(folder, ordered)
+    files = [folder / name for name in ordered]
+    try:
+        stats = [file.stat() for file in files]
+    except OSError as error:
+        raise UserError(f"'{error.filename}' cannot be read: {error.strerror}.", "complete the dataset") from None
+    return _Given(folder, DATASET, files, [[s.st_size, s.st_mtime_ns, s.st_ino] for s in stats], reading)
+
+
+def _check_names(folder: Path, names: Sequence[str]) -> None:
+    """Refuse names that leave the folder, hide, or are one on file systems that do not tell capitals."""
+    seen: dict[str, str] = {}
+    for name in names:
+        pieces = name.split("/")
+        if not name.isprintable() or "\\" in name or any(p.startswith(".") or not p for p in pieces):
+            raise UserError(
+                f"A file of '{folder}' has a name that cannot be kept: {name[:120]!r}.",
+                "name files and folders without leading dots, backslashes and control characters",
+            )
+        if (other := seen.setdefault(name.casefold(), name)) != name:
+            raise UserError(f"'{other}' and '{name}' of '{folder}' differ in capitals only.", "rename one of them")
+
+
+def _look_at_kept(subject: Subject, entry: dict[str, Any]) -> _Given:
+    """A clip, its alphas or the photograph as `source/` has them."""
+    path = subject.source / str(entry["file"])
+    if entry["kind"] != DATASET:
+        return _look_at(path)
+    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    return _look_at_dataset(path, names, tuple(entry["reading"]))
+
+
+def _reading(recording: Recording) -> tuple[str, ...]:
+    flame = recording.flame.version if recording.flame is not None else ""
+    names = hashlib.sha256(canonical_json(sorted(recording.files)).encode()).hexdigest()
+    return recording.format, str(recording.fps), flame, names
+
+
 def _refuse_twice(given: Sequence[_Given]) -> None:
     """Refuse a clip that comes twice, under one name or two; bytes are read only where the sizes are equal."""
     for number, clip in enumerate(given):
@@ -346,19 +490,19 @@ def _refuse_twice(given: Sequence[_Given]) -> None:
 
 
 def _digest(clip: _Given) -> str:
-    """Hash of a video's bytes, or over the names and bytes of a folder's images, read once a process."""
-    place = canonical_json([str(clip.path.absolute()), clip.kind, clip.stamp])
+    """Hash of a video's bytes, or over the names and bytes of a folder's files, read once a process."""
+    place = canonical_json([str(clip.path.absolute()), clip.kind, clip.reading, clip.stamp])
     if place not in _read:
         hashes = [sha256_file(file) for file in clip.files]
-        names = [f"{number:06d}{file.suffix.lower()}" for number, file in enumerate(clip.files)]
-        over_all = hashlib.sha256(canonical_json([names, hashes]).encode()).hexdigest()
+        told = [clip.names(), hashes, *([clip.reading] if clip.reading else [])]
+        over_all = hashlib.sha256(canonical_json(told).encode()).hexdigest()
         _read[place] = hashes[0] if clip.kind == "video" else over_all
     return _read[place]
 
 
 def _digests(given: Sequence[_Given], known: Sequence[dict[str, Any]]) -> list[str]:
     """Hash of each clip; one that has the stamp of a known entry is not read."""
-    by_stamp = {canonical_json(entry["stamp"]): str(entry["sha256"]) for entry in known}
+    by_stamp = {canonical_json(entry["stamp"]): str(entry["sha256"]) for entry in known if entry["kind"] != DATASET}
     return [by_stamp.get(canonical_json(clip.stamp)) or _digest(clip) for clip in given]
 
 
@@ -368,12 +512,26 @@ def _whole(digests: list[str]) -> str:
 
 
 def _same_clips(record: dict[str, Any], given: Sequence[_Given]) -> bool:
-    entries = record["clips"]
-    return [(e["kind"], e["stamp"]) for e in entries] == [(clip.kind, clip.stamp) for clip in given]
+    known = [(entry["kind"], entry["stamp"], tuple(entry.get("reading", ()))) for entry in record["clips"]]
+    return known == [(clip.kind, clip.stamp, clip.reading) for clip in given]
 
 
-def _take(subject: Subject, given: Sequence[_Given], known: dict[str, Any] | None) -> dict[str, Any]:
-    """Put the clips in place of what was there; files with the bytes of the old ones only renew the stamps."""
+def _take(
+    subject: Subject,
+    given: Sequence[_Given],
+    known: dict[str, Any] | None,
+    told: VideoInfo | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Put the clips in place of what was there; files with the bytes of the old ones only renew the stamps.
+
+    Args:
+        subject: whose source.
+        given: the clips.
+        known: `source.json`, or None where there is none yet.
+        told: of a dataset, what it is as a clip; videos are asked themselves.
+        provenance: of a dataset, what `imported` tells.
+    """
     old = known["clips"] if known is not None else []
     digests = _digests(given, old)
     same = [(entry["kind"], entry["sha256"]) for entry in old] == [
@@ -390,9 +548,11 @@ def _take(subject: Subject, given: Sequence[_Given], known: dict[str, Any] | Non
     entries = []
     for clip, digest in zip(given, digests, strict=True):
         target = _place(clip, incoming)
-        entries.append({**_entry(clip, target.name, digest), "probe": probe(clip.path).as_json()})
+        entries.append({**_entry(clip, target.name, digest), "probe": (told or probe(clip.path)).as_json()})
     record = {"schema": SCHEMA, "sha256": _whole(digests), "clips": entries}
-    photo = known.get("like") if known is not None else None
+    if provenance is not None:
+        record["imported"] = provenance
+    photo = known.get("like") if known is not None and provenance is None else None
     if photo and has_photo(subject, photo["sha256"]):
         link_or_copy(subject.source / photo["file"], incoming / photo["file"])
         record["like"] = photo
@@ -410,7 +570,10 @@ def _take(subject: Subject, given: Sequence[_Given], known: dict[str, Any] | Non
 
 def _place(clip: _Given, folder: Path) -> Path:
     """Link or copy a clip into a folder under a safe name that is free there."""
-    stem, suffix = ("images", "") if clip.kind == "images" else (subject_name_for(clip.path), clip.path.suffix.lower())
+    if clip.kind == "video":
+        stem, suffix = subject_name_for(clip.path), clip.path.suffix.lower()
+    else:
+        stem, suffix = clip.kind, ""
     target, number = folder / (stem + suffix), 1
     while target.exists():
         number += 1
@@ -420,13 +583,14 @@ def _place(clip: _Given, folder: Path) -> Path:
 
 
 def _put(clip: _Given, target: Path) -> None:
-    """Link or copy a video to a path, or a folder's images into a new folder there, numbered in their order."""
+    """Link or copy a video to a path, or a folder's files into a new folder there: images numbered in their order."""
     if clip.kind == "video":
         link_or_copy(clip.path.resolve(), target)
         return
     target.mkdir()
-    for index, file in enumerate(clip.files):
-        link_or_copy(file.resolve(), target / f"{index:06d}{file.suffix.lower()}")
+    for name, file in zip(clip.names(), clip.files, strict=True):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(file.resolve(), target / name)
 
 
 def _remove(path: Path) -> None:
@@ -445,6 +609,7 @@ def _entry(clip: _Given, file: str, digest: str) -> dict[str, Any]:
         "sha256": digest,
         "size": sum(size for size, _, _ in clip.stamp),
         "stamp": clip.stamp,
+        **({"reading": list(clip.reading)} if clip.reading else {}),
     }
 
 
@@ -452,8 +617,8 @@ def _is_whole(subject: Subject, entry: dict[str, Any]) -> bool:
     """Whether an entry's file or folder is there with its size."""
     target = subject.source / str(entry["file"])
     try:
-        files = list(target.iterdir()) if entry["kind"] == "images" else [target]
-        return bool(sum(file.stat().st_size for file in files) == entry["size"])
+        files = [target] if entry["kind"] == "video" else target.rglob("*")
+        return sum(file.stat().st_size for file in files if not file.is_dir()) == int(entry["size"])
     except OSError:
         return False
 
@@ -466,11 +631,15 @@ def _known(subject: Subject) -> dict[str, Any]:
     """
     record = _registered(subject)
     if record is None:
-        raise UserError(
-            f"The source of '{subject.name}' is missing or damaged.",
-            f"give the video again: headcast run VIDEO --subject {subject.name}",
-        )
+        raise UserError(f"The source of '{subject.name}' is missing or damaged.", _give_again(subject))
     return record
+
+
+def _give_again(subject: Subject) -> str:
+    """What to type for a source that is not whole."""
+    if (subject.source / DATASET).is_dir():
+        return f"import the dataset again: headcast import FOLDER --subject {subject.name} --force"
+    return f"give the video again: headcast run VIDEO --subject {subject.name}"
 
 
 def _registered(subject: Subject) -> dict[str, Any] | None:
