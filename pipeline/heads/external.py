@@ -215,7 +215,7 @@ def prepare(file: HeadFile, native: NativeHead, detector: Detector) -> dict[str,
     from pipeline.landmark_embedding import find_landmarks
 
     anny = load_anny()
-    rough = _rough_head(file.name, native)
+    rough = rough_head(file.name, native)
     embedding = find_landmarks(rough, detector, ROUGH_RENDERS)
     rough = replace(
         rough,
@@ -263,7 +263,7 @@ def write_embedding(file: HeadFile, digest: str, detector: Detector) -> dict[str
     return embedding
 
 
-def _rough_head(name: str, native: NativeHead) -> HeadModel:
+def rough_head(name: str, native: NativeHead) -> HeadModel:
     """The head before anything is known of it but what the file says: no expressions, no landmarks, all skin."""
     weights = native.skin_weights.astype(np.float32)
     count = len(weights)
