@@ -21,6 +21,7 @@ from pipeline.cameras import crop_intrinsics
 from pipeline.dataset import Subject, read_json
 from pipeline.errors import StageError
 from pipeline.frames import alpha_file, confidence_file, foreground_file
+from pipeline.heads.stored import FILE as HEAD_FILE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,6 +45,7 @@ class Clip:
         expression: [T,E] coefficients of `expression_names`. identity: [S].
         usable: [T] whether a frame's fit can be relied on. times: [T] seconds from the clip's start.
         head: name of the head model.
+        head_file: the subject's own head model, where it is no model of `pipeline.heads`; else None.
         foregrounds, alphas, confidences: [T] paths of the matte stage's images.
         torso_shape: [T,M] how the torso bends beside its rigid motion; M is 0 where the fit does not tell.
         image_sizes: [C] (width, height) of what the decoded frames hold of the picture; None where every crop lies
@@ -73,6 +75,7 @@ class Clip:
     image_sizes: tuple[tuple[int, int], ...] | None = None
     landmark_offsets: NDArray[np.float32] | None = None
     expression_offsets: NDArray[np.float32] | None = None
+    head_file: Path | None = None
 
     def __len__(self) -> int:
         return len(self.alphas)
@@ -105,12 +108,27 @@ class Clip:
         ]
         return replace(self, Ks=np.stack(Ks), crops=tuple(crops))
 
+    def head_model(self) -> HeadModel:
+        """The head model of the fit: one of `pipeline.heads`, or the subject's own.
+
+        Raises:
+            StageError: the subject's own is damaged, or has other expressions than the fit.
+        """
+        from pipeline.heads import load_head
+        from pipeline.heads.stored import load_stored
+
+        if self.head_file is None:
+            return load_head(self.head)
+        model = load_stored(self.head_file).model
+        if model.expression_names != self.expression_names:
+            raise StageError(f"'{self.head_file}' has other expressions than the fit beside it.", RERUN_FIT)
+        return model
+
     def personal_head(self) -> HeadModel:
         """The head model with what the fit found at its landmarks built in; `identity` comes on top."""
-        from pipeline.heads import load_head
         from pipeline.personal import personalise
 
-        head = load_head(self.head)
+        head = self.head_model()
         if self.landmark_offsets is None or self.expression_offsets is None:
             return head
         return personalise(head, self.landmark_offsets, self.expression_offsets)
@@ -237,6 +255,7 @@ def load_clip(subject: Subject, resolution: int) -> Clip:
         image_sizes=tuple((int(contents[take][0]), int(contents[take][1])) for take in takes),
         landmark_offsets=offsets.get("landmark_offsets"),
         expression_offsets=offsets.get("expression_offsets"),
+        head_file=own if (own := subject.stage("fit") / HEAD_FILE).is_file() else None,
     )
 
 

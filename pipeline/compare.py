@@ -323,12 +323,11 @@ def measure_baselines(lineup: Lineup, check_stop: Callable[[], None] = lambda: N
     """By baseline, which needs no avatar: PSNRs, SSIM, FLIP and L1 of every held-out frame."""
     from pipeline import metrics
     from pipeline.evaluation import BASELINES, regional_psnr, regions_of, scan_training, stand_ins
-    from pipeline.heads import load_head
 
     clip, train, test = lineup.clip, lineup.train, lineup.test
     scan = scan_training(clip, train, test, threads=lineup.threads, on_frames=lambda count: check_stop())
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in BASELINES}
-    regions = regions_of(clip, load_head(clip.head), test.tolist())
+    regions = regions_of(clip, clip.head_model(), test.tolist())
     for region, (_, truth, pictures) in zip(regions, stand_ins(clip, train, test, scan), strict=True):
         check_stop()
         for name, (picture, _) in pictures.items():
@@ -362,10 +361,9 @@ def score_frames(lineup: Lineup, lpips: Measure | None, frames: Sequence[int]) -
     """Render and score frames, one after another."""
     from pipeline.clip import load_crops
     from pipeline.evaluation import Picture, regions_of, score
-    from pipeline.heads import load_head
     from pipeline.metrics import flip_map
 
-    regions = regions_of(lineup.clip, load_head(lineup.clip.head), frames)
+    regions = regions_of(lineup.clip, lineup.clip.head_model(), frames)
     for frame, region in zip(frames, regions, strict=True):
         crops = load_crops(lineup.clip, [frame])
         truth = Picture.of(crops, 0)

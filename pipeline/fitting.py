@@ -118,8 +118,8 @@ class LandmarkHead:
     """[2, 3] of the average head."""
     eye_centres_identity: Floats
     """[S, 2, 3]."""
-    blink: tuple[int, int]
-    """Indices of the expressions that close the left and the right eye."""
+    blink: tuple[int, ...]
+    """Indices of the expressions that close the left and the right eye; empty where the head has other expressions."""
 
     @property
     def size(self) -> Floats:
@@ -162,7 +162,7 @@ def reduce_to_landmarks(head: HeadModel) -> LandmarkHead:
         eye=np.where(eye_weights.max(1) > 0.5, eye_weights.argmax(1), -1),
         eye_centres=head.joints[2:4].astype(np.float64),
         eye_centres_identity=head.joints_identity_basis[:, 2:4].astype(np.float64),
-        blink=(head.expression_names.index("eyeBlinkLeft"), head.expression_names.index("eyeBlinkRight")),
+        blink=tuple(head.expression_names.index(name) for name in EYELIDS if name in head.expression_names),
     )
 
 

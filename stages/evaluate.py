@@ -125,11 +125,10 @@ def _measure_frames(
 
     from pipeline.clip import load_crops
     from pipeline.evaluation import Picture, regions_of, score
-    from pipeline.heads import load_head
     from pipeline.metrics import flip_map
 
     missing = [int(frame) for frame in frames if not _scratch(run, int(frame)).is_file()]
-    regions = regions_of(clip, load_head(clip.head), missing)
+    regions = regions_of(clip, clip.head_model(), missing)
     with run.reporter.task("evaluate", len(frames), "frames", len(frames) - len(missing)) as task:
         for frame, region in zip(missing, regions, strict=True):
             run.check_stop()

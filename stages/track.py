@@ -24,6 +24,7 @@ from pipeline.dataset import write_atomic
 from pipeline.errors import StageError
 from pipeline.faces import FACE_OVAL, Detector, Face
 from pipeline.frames import FrameSet, contact_sheet, counted, evenly, ranges_text, save_image
+from pipeline.interchange.recording import has_recording
 from pipeline.picture_quality import face_detail
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
@@ -88,6 +89,10 @@ def track(run: StageRun) -> Result:
         StageError: no face is seen long enough, the person asked for is not there, or the tracker cannot start.
         UserError: the photograph of the person, or a model to compare it with, is missing.
     """
+    if has_recording(run):
+        from pipeline.interchange import fill_track
+
+        return fill_track.fill(run)
     config = run.config.track
     frames = FrameSet.load(run.subject.stage("decode"))
     model = asset_path(FACE_LANDMARKER, fetch=False)

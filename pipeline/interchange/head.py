@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import StageError
-from pipeline.geometry import invert_rigid, make_rigid, project_points, rotvec_to_matrix, transform_points
+from pipeline.geometry import make_rigid, rotvec_to_matrix, transform_points
 from pipeline.heads import HeadModel
 from pipeline.heads.stored import StoredHead
 
@@ -39,7 +39,8 @@ MESH_RMS_M, MOST_COMPONENTS = 1e-4, 48
 """How near a linear basis comes to the meshes, and the most components that are spent on it."""
 # Eyeballs: how round a part of the mesh is (spread of its radius), and how large.
 ROUND, EYE_RADIUS_M = 0.2, (0.008, 0.02)
-ANNY_FACE_M = 0.14
+FACE_M = 0.17
+"""Largest side of the box around a face's landmarks."""
 PIXEL_NOISE, SHAPE_M = 1.5, 0.002
 """What triangulation expects: error of a detection in pixels, and how far a coefficient's deviation moves a point."""
 ANNY_ROUNDS = 8
@@ -366,17 +367,15 @@ def triangulate(looks: Floats, Ks: Floats, Ts_cam_world: Floats, coefficients: F
     for step in range(4):
         solved = unit if step else unit[:, :1]
         columns = 3 * solved.shape[1]
-        width = np.ptp(points[:, 0]) if step else 0.0
-        # A pixel and a millimetre in the world's own units, by the face's width.
-        metre = width / ANNY_FACE_M
+        # A metre in the world's own units, by the face's height.
+        metre = float(np.ptp(points, 0).max()) / FACE_M
         ridge = np.zeros(columns)
         ridge[3:] = 1 / max(SHAPE_M * metre, 1e-12) ** 2
         design = np.einsum("nlki,ne->lnkei", rows * weights[..., None, None], solved).reshape(landmarks, -1, columns)
         wanted = (right * weights[..., None]).transpose(1, 0, 2).reshape(landmarks, -1, 1)
         normal = design.transpose(0, 2, 1) @ design + np.diag(ridge)
-        found = np.linalg.lstsq if False else np.linalg.solve
         try:
-            solution = found(normal, design.transpose(0, 2, 1) @ wanted)[..., 0].reshape(landmarks, -1, 3)
+            solution = np.linalg.solve(normal, design.transpose(0, 2, 1) @ wanted)[..., 0].reshape(landmarks, -1, 3)
         except np.linalg.LinAlgError:
             raise _wrong_cameras() from None
         points = solution[:, 0]

@@ -23,6 +23,8 @@ from pipeline.errors import StageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from pipeline.stage import StageRun
+
     Floats = NDArray[np.float64]
 
 FILE = "recording.npz"
@@ -135,6 +137,11 @@ class Recording:
             still = np.zeros_like(flame.rotation)
             flame = replace(flame, rotation=still, translation=still.copy())
         return replace(self, Ts_cam_world=Ts_cam_head, flame=flame)
+
+
+def has_recording(run: StageRun) -> bool:
+    """Whether a stage's subject is an imported dataset: what decode leaves beside its frames tells."""
+    return run.input("decode", FILE).is_file()
 
 
 class Pictures(Protocol):

@@ -95,7 +95,7 @@ def quick(folder: Path, cache: Path, flame2020: Path) -> Iterator[HeadModel]:
 
 def own_head(native: NativeHead, controls: Sequence[int]) -> HeadModel:
     """The head whose 52 expressions are 52 of its own controls: what it is before anything is carried over."""
-    return replace(external._rough_head("own", native), expression_basis=native.controls[list(controls)])
+    return replace(external.rough_head("own", native), expression_basis=native.controls[list(controls)])
 
 
 def pose(
