@@ -37,6 +37,7 @@ from pipeline.run import (  # noqa: E402
     check_captures_first,
     check_input,
     hold,
+    needed_assets,
     open_subject,
     prepare,
     routed,
@@ -102,13 +103,13 @@ def take_hold(request: RunRequest, mirror: Mirror, holding: contextlib.ExitStack
 def open_up(request: RunRequest, mirror: Mirror, planned: Plan | None) -> Plan:
     """Bring the source here and to the store, and the models that the stages need to this machine."""
     if request.store is not None:
-        attempt("pull_source", mirror.pull_source, not request.videos)
+        attempt("pull_source", mirror.pull_source, not request.new_source)
     config, wanted = planned or plan(request)
     check_captures_first(request, mirror.subject, mirror.reporter)
     open_subject(request, mirror.subject, config)
     if request.store is not None:
         attempt("push_source", mirror.push_source)
-    if assets := {name for stage in wanted for name in stage.assets(config)}:
+    if assets := needed_assets(mirror.subject, config, wanted):
         attempt("assets", ensure_assets, assets, mirror.reporter)
     return config, wanted
 

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from pipeline.dataset import read_json
 from pipeline.errors import UserError
 
 SCHEMA = 1
+GOOD_FRAMES, GOOD_SIDE = 60, 256
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,37 @@ def contact_sheet(
         y, x = place // columns * height, place % columns * width
         sheet[y : y + height, x : x + width] = tile
     return sheet
+
+
+def write_overview(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Write a decode stage's `contact.jpg` of these frames of `frames.json`."""
+    import cv2
+
+    shown = [entries[i] for i in evenly(len(entries), 8)]
+    images = [cv2.cvtColor(_read(folder / entry["file"], cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB) for entry in shown]
+    labels = [f"{entry['index']}  {entry['time']:.2f} s" for entry in shown]
+    save_image(folder / "contact.jpg", contact_sheet(images, labels), 90)
+
+
+def sharpness_of(picture: NDArray[np.uint8]) -> float:
+    """Mean square of the Laplacian of a picture's grey values, as `frames.json` has it."""
+    import cv2
+
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    return round(float((cv2.Laplacian(grey, cv2.CV_32F) ** 2).mean()), 4)
+
+
+def amount_remarks(count: int, side: int) -> tuple[Literal["good", "fair", "poor"], list[str]]:
+    """What so many frames with so many pixels on their shorter side are worth, and why in words."""
+    level: Literal["good", "fair", "poor"] = "good"
+    remarks = []
+    if side < GOOD_SIDE:
+        level = "fair"
+        remarks.append(f"under {GOOD_SIDE} pixels there is little detail to learn")
+    if count < GOOD_FRAMES:
+        level = "poor" if count < GOOD_FRAMES / 6 else "fair"
+        remarks.append("that is short; 10 s and more make a better avatar")
+    return level, remarks
 
 
 def evenly(count: int, wanted: int) -> list[int]:

@@ -14,13 +14,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.config import Config, Preset, configure, flat, override, preset_config
+from pipeline.config import Config, Preset, configure, differences, flat, preset_config
 from pipeline.dataset import (
     RUN_RECORD,
     Dataset,
@@ -44,19 +45,27 @@ from pipeline.source import (
     check_span,
     has_alphas,
     has_photo,
+    imported,
     is_registered,
+    is_registered_dataset,
     read_photo_bytes,
     register_alphas,
+    register_dataset,
     register_photo,
     register_source,
     source_paths,
 )
 from pipeline.stage import Stage, State, inspect_stages, read_manifest, run_stage, storage_fix
 
+if TYPE_CHECKING:
+    from pipeline.interchange.recording import Recording
+
 RUN_SCHEMA = 1
 LOCK_RETRY_SECONDS = 5.0
 STAGE_MINUTES = 120.0
 """Time limit of a stage where nobody watches: in batches, nights and services."""
+NOT_OF_IMPORTED = ("decode.", "track.", "fit.", "matte.alpha")
+"""Settings that say nothing to a subject that was imported, but for decode.max_side_px."""
 _stop_asked = threading.Event()
 
 
@@ -71,6 +80,38 @@ def default_threads() -> int:
     return int(told) if told.isdecimal() and int(told) else usable_cores()
 
 
+class Import(BaseModel):
+    """Another project's dataset that becomes a subject, and how it is read (`pipeline.interchange`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    folder: Path
+    """The dataset."""
+    format: str = "auto"
+    """One of `pipeline.interchange.FORMATS`, or auto."""
+    fps: Fraction | None = Field(None, gt=0, le=1000)
+    """Frames a second, where the dataset does not tell."""
+    flame: str | None = None
+    """The FLAME that its numbers belong to, where it does not tell."""
+    force: bool = False
+    """Whether it may take the place of a subject's other source."""
+
+    def read(self) -> Recording:
+        """The dataset, checked but for its pixels.
+
+        Raises:
+            UserError: what is wrong with it, or FLAME is needed and not on this machine.
+        """
+        from pipeline.interchange import ReadOptions, read
+
+        recording = read(self.folder, self.format, ReadOptions(self.fps, self.flame))
+        if recording.flame is not None and not recording.meshes:
+            from pipeline.heads.flame import load_flame
+
+            load_flame(recording.flame.version)
+        return recording
+
+
 class RunRequest(BaseModel):
     """One run of one subject, as typed on the command line or given to a deployment."""
 
@@ -82,6 +123,8 @@ class RunRequest(BaseModel):
     """The subject's name; by default made from the first video's file name."""
     videos: tuple[Path, ...] = ()
     """The videos, or folders of images, of one person; none for a subject that is there already."""
+    imports: Import | None = None
+    """In place of videos: another project's dataset."""
     like: Path | None = None
     """A photograph of the person who is meant, where several are in view; it is kept with the videos."""
     alpha: tuple[Path, ...] = ()
@@ -109,19 +152,25 @@ class RunRequest(BaseModel):
     routes: dict[Literal["cpu", "gpu"], str] = Field(default_factory=dict)
     """Where stages of a kind are run: the deployment, as FLOW/NAME, that another work pool serves."""
 
+    @property
+    def new_source(self) -> bool:
+        """Whether a source is given; else the subject has to be there."""
+        return bool(self.videos) or self.imports is not None
+
     def target(self) -> Subject:
         """The subject's folder, named but not made.
 
         Raises:
-            UserError: the name is not safe, or neither a name nor a video is given.
+            UserError: the name is not safe, or neither a name nor a source is given.
         """
-        if self.subject is None and not self.videos:
+        given = self.videos[0] if self.videos else self.imports.folder.absolute() if self.imports else None
+        if self.subject is None and given is None:
             raise UserError("Neither a video nor a subject is named.", "for example: headcast run my_video.mp4")
-        return Dataset(self.data).subject(self.subject or subject_name_for(self.videos[0]))
+        return Dataset(self.data).subject(self.subject or subject_name_for(given or Path()))
 
 
 def resolve_config(request: RunRequest, subject: Subject) -> Config:
-    """The settings a request means: its preset and changes; without a video or preset, those of the last run.
+    """The settings a request means: its preset and changes; without a new source or preset, those of the last run.
 
     Raises:
         UserError: a setting or the record of the last run does not fit, or a photograph or alphas cannot be read.
@@ -132,8 +181,10 @@ def resolve_config(request: RunRequest, subject: Subject) -> Config:
         settings.append(f"matte.alpha={alphas_digest(subject, request.alpha)}")
     if request.like is not None:
         settings.append(f"track.like={hashlib.sha256(read_photo_bytes(request.like)).hexdigest()}")
-    if request.preset is None and not request.videos:
-        config = override(last_config(subject), settings)
+    if request.preset is None and not request.videos and (request.imports is None or imported(subject) is not None):
+        last = last_config(subject)
+        kept = {"train.avatar": last.train.avatar, **{name: value for name, (_, value) in differences(last).items()}}
+        config = configure(last.preset, [*(f"{name}={json.dumps(value)}" for name, value in kept.items()), *settings])
     else:
         config = configure(request.preset or "quick", settings)
     if config.track.person is not None and config.track.like:
@@ -186,8 +237,10 @@ def prepare(request: RunRequest, stages: Sequence[Stage]) -> tuple[Subject, Conf
         UserError: a name, setting, stage or path is at fault.
     """
     subject = request.target()
-    if not request.videos:
+    if not request.new_source:
         Dataset(request.data).existing(subject.name)
+    if request.imports is not None or (not request.videos and imported(subject) is not None):
+        refuse_settings(request, subject)
     with contextlib.suppress(OSError, ValueError):
         refuse_newer(json.loads((subject.root / RUN_RECORD).read_bytes()), RUN_SCHEMA, subject.root / RUN_RECORD)
     config = resolve_config(request, subject)
@@ -223,9 +276,11 @@ def open_subject(request: RunRequest, subject: Subject, config: Config) -> None:
     """Make the subject's folder, register its source and record the settings. The caller holds the lock.
 
     Raises:
-        UserError: a video is missing or none, or the data folder cannot be written.
+        UserError: a video is missing or none, a dataset is not good, or the data folder cannot be written.
     """
-    if request.videos:
+    if request.imports is not None:
+        register_dataset(subject, request.imports.folder, request.imports.read())
+    elif request.videos:
         register_source(subject, request.videos, request.like)
     elif request.like is not None:
         register_photo(subject, request.like)
@@ -294,7 +349,7 @@ def nothing_to_do(request: RunRequest, stages: Sequence[Stage]) -> list[State] |
         UserError: as `prepare`, `check_input` and `open_store`.
         Unavailable: the store does not answer.
     """
-    if request.store is not None and not in_step(request.store, request.target(), bool(request.videos)):
+    if request.store is not None and not in_step(request.store, request.target(), request.new_source):
         return None
     subject, config, wanted = prepare(request, stages)
     if not check_input(request, subject):
@@ -306,11 +361,14 @@ def nothing_to_do(request: RunRequest, stages: Sequence[Stage]) -> list[State] |
 
 
 def check_input(request: RunRequest, subject: Subject) -> bool:
-    """Refuse bad videos, alphas and a bad photograph; whether all of them are part of the subject already. Reads only.
+    """Refuse bad videos, a bad dataset, alphas and photograph; whether all are part of the subject already. Reads only.
 
     Raises:
-        UserError: a video, its alphas or the photograph is at fault, or no face recognition model is there for it.
+        UserError: a video, the dataset, alphas or the photograph is at fault, no face recognition model is there for
+            it, or a dataset would take the place of a source that it may not replace.
     """
+    if request.imports is not None:
+        return _check_import(request.imports, subject)
     known = not request.videos or is_registered(subject, request.videos)
     if not known:
         check_sources(request.videos)
@@ -328,6 +386,44 @@ def check_input(request: RunRequest, subject: Subject) -> bool:
         check_photo(request.like)
         fulfilled = False
     return fulfilled
+
+
+def _check_import(imports: Import, subject: Subject) -> bool:
+    recording = imports.read()
+    if is_registered_dataset(subject, imports.folder, recording):
+        return True
+    if (subject.source / "source.json").is_file() and not imports.force:
+        told = imported(subject)
+        made = f"imported from '{told['folder']}' as {told['format']}" if told else "made from something else"
+        raise UserError(
+            f"'{imports.folder}' would become the subject '{subject.name}', which was {made}.",
+            "name another with --subject, or put the dataset in its place with --force",
+        )
+    return False
+
+
+def refuse_settings(request: RunRequest, subject: Subject) -> None:
+    """Refuse what is asked of an imported subject and cannot be done: its tracking and head are the dataset's own.
+
+    Raises:
+        UserError: a setting says nothing to it.
+    """
+    asked = [setting.partition("=")[0].strip() for setting in request.settings]
+    options = [("--like", request.like is not None), ("--alpha", bool(request.alpha))]
+    found = [option for option, given in options if given]
+    found += [f"--set {name}" for name in asked if name.startswith(NOT_OF_IMPORTED) and name != "decode.max_side_px"]
+    if found:
+        raise UserError(
+            f"{found[0]} says nothing to '{subject.name}': its frames, tracking, alphas and head are imported.",
+            "leave it away; decode.max_side_px and all settings of matte, train, evaluate and export can be chosen",
+        )
+
+
+def needed_assets(subject: Subject, config: Config, stages: Sequence[Stage]) -> set[str]:
+    """The assets without which these stages of a subject cannot work; what was imported needs no models."""
+    told = imported(subject)
+    given = {} if told is None else {"decode", "track", "fit", *([] if told["alpha"] == "none" else ["matte"])}
+    return {name for stage in stages if stage.name not in given for name in stage.assets(config)}
 
 
 def check_captures_first(request: RunRequest, subject: Subject, reporter: Reporter) -> None:
@@ -448,7 +544,7 @@ def carry_out(request: RunRequest, stages: Sequence[Stage], reporter: Reporter) 
         prepare(request, stages)
     with hold(subject, request.wait_minutes, request.store) as held:
         mirror.still_held = held.check
-        mirror.pull_source(not request.videos)
+        mirror.pull_source(not request.new_source)
         _, config, wanted = prepare(request, stages)
         open_subject(request, subject, config)
         mirror.push_source()

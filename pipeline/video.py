@@ -527,6 +527,15 @@ def to_standard_range(signal: NDArray[np.uint16], transfer: str) -> NDArray[np.u
     return np.round(srgb * 255).astype(np.uint8)[np.clip(light * 4095 + 0.5, 0, 4095).astype(np.uint16)]
 
 
+def read_image(file: Path) -> Frame:
+    """An image as a frame, upright.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _ImageFrame(0, *_read_image(file))
+
+
 def _read_images(folder: Path) -> Iterator[Frame]:
     size: tuple[int, ...] | None = None
     for index, file in enumerate(image_files(folder)):

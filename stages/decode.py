@@ -20,8 +20,20 @@ from numpy.typing import NDArray
 from pipeline.config import DecodeConfig
 from pipeline.dataset import write_atomic, write_json
 from pipeline.errors import UserError
-from pipeline.frames import SCHEMA, Window, alpha_file, contact_sheet, counted, evenly, frame_file, save_image
+from pipeline.frames import (
+    SCHEMA,
+    Window,
+    alpha_file,
+    amount_remarks,
+    counted,
+    evenly,
+    frame_file,
+    save_image,
+    sharpness_of,
+    write_overview,
+)
 from pipeline.picture_quality import BLACK_LUMA, CUT_CHANGE, colour_histogram, histogram_change
+from pipeline.source import imported
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
@@ -36,7 +48,6 @@ MIN_FRAMES = 5
 """From fewer there is nothing to track."""
 CLIP_GAP_SECONDS = 1.0
 """On the common clock a clip begins so long after the end of the one before."""
-GOOD_FRAMES, GOOD_SIDE = 60, 256
 
 
 @dataclass(frozen=True)
@@ -85,11 +96,15 @@ class Reading:
 
 
 def decode(run: StageRun) -> Result:
-    """Write `frames/`, `frames.json` and a contact sheet.
+    """Write `frames/`, `frames.json` and a contact sheet; for an imported subject from its dataset.
 
     Raises:
         UserError: nothing in a clip decodes, too few frames are left, or the span asked for holds no picture.
     """
+    if imported(run.subject) is not None:
+        from pipeline.interchange.fill_decode import fill
+
+        return fill(run)
     config = run.config.decode
     readings = _read_clips(run)
     _thin(readings, config.max_frames)
@@ -105,7 +120,7 @@ def decode(run: StageRun) -> Result:
     entries = _write_frames(run, readings)
     record = _record(readings, entries)
     write_json(run.work / "frames.json", record)
-    _write_contact_sheet(run.work, entries)
+    write_overview(run.work, entries)
     size = sum((run.work / entry["file"]).stat().st_size for entry in entries)
     metrics = {
         "frames": len(entries),
@@ -373,7 +388,6 @@ def _write_frames(run: StageRun, readings: list[Reading]) -> list[dict[str, Any]
                     inside = np.ascontiguousarray(opacity[reading.window.inside])
                     padded = cv2.copyMakeBorder(inside, 0, bottom, 0, right, cv2.BORDER_CONSTANT)
                     save_image(run.work / opacity_name, np.asarray(padded, np.uint8))
-                grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
                 here = number, int(reading.survey.shot[frame.index])
                 shot += here != before
                 before = here
@@ -385,7 +399,7 @@ def _write_frames(run: StageRun, readings: list[Reading]) -> list[dict[str, Any]
                         "clip": number,
                         "shot": shot,
                         "source_frame": frame.index,
-                        "sharpness": round(float((cv2.Laplacian(grey, cv2.CV_32F) ** 2).mean()), 4),
+                        "sharpness": sharpness_of(picture),
                     }
                 )
                 task.advance()
@@ -447,14 +461,6 @@ def _kept_seconds(reading: Reading) -> float:
     return sum(float(reading.survey.times[span[-1]] - reading.survey.times[span[0]]) for span in spans)
 
 
-def _write_contact_sheet(work: Path, entries: list[dict[str, Any]]) -> None:
-    import cv2
-
-    shown = [entries[i] for i in evenly(len(entries), 8)]
-    images = [cv2.cvtColor(cv2.imread(str(work / e["file"])), cv2.COLOR_BGR2RGB) for e in shown]
-    save_image(work / "contact.jpg", contact_sheet(images, [f"{e['index']}  {e['time']:.2f} s" for e in shown]), 90)
-
-
 def _cents(seconds: float) -> float:
     """Seconds with two decimals, rounded up, so that a span ending here holds the frame."""
     return math.ceil(round(seconds * 100, 4)) / 100
@@ -462,22 +468,15 @@ def _cents(seconds: float) -> float:
 
 def _verdict(record: dict[str, Any], readings: list[Reading]) -> Verdict:
     count, total = record["count"], sum(len(reading.survey.times) for reading in readings)
-    level: Level = "good"
-    remarks = []
+    damaged = []
     for reading in readings:
         promised = reading.information.frames
         if reading.survey.damage or len(reading.survey.times) < 0.9 * promised:
-            level = "fair"
             what = "; ".join(reading.survey.damage) or f"{promised} frames promised"
             which = f"file '{reading.name}'" if len(readings) > 1 else "file"
-            remarks.append(f"the {which} is damaged or cut off ({what})")
-    smallest = min(min(reading.window.content) for reading in readings)
-    if smallest < GOOD_SIDE:
-        level = "fair"
-        remarks.append(f"under {GOOD_SIDE} pixels there is little detail to learn")
-    if count < GOOD_FRAMES:
-        level = "poor" if count < GOOD_FRAMES / 6 else "fair"
-        remarks.append("that is short; 10 s and more make a better avatar")
+            damaged.append(f"the {which} is damaged or cut off ({what})")
+    amount, remarks = amount_remarks(count, min(min(reading.window.content) for reading in readings))
+    level: Level = "fair" if damaged and amount == "good" else amount
     parts = [f"{count} of {total} frames, {record['width']}x{record['height']}"]
     if len(readings) > 1:
         parts.append(f"{len(readings)} clips")
@@ -495,7 +494,7 @@ def _verdict(record: dict[str, Any], readings: list[Reading]) -> Verdict:
     elif with_alpha:
         parts.append(f"{len(with_alpha)} of {len(readings)} clips with an alpha channel, hence not used as matte")
     text = f"Decoding: {level}. {', '.join(parts)}"
-    return Verdict(level, "; ".join([text, *remarks]) + ".", "contact.jpg")
+    return Verdict(level, "; ".join([text, *damaged, *remarks]) + ".", "contact.jpg")
 
 
 STAGE = Stage(

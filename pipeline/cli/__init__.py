@@ -19,6 +19,7 @@ from pipeline.cli.common import Common
 from pipeline.cli.compare import Compare
 from pipeline.cli.doctor import Doctor
 from pipeline.cli.export import Export
+from pipeline.cli.importing import Import
 from pipeline.cli.reenact import Reenact
 from pipeline.cli.render import Render
 from pipeline.cli.run import Demo, Rerun, Run
@@ -31,6 +32,7 @@ from pipeline.threads import one_blas_thread
 
 COMMANDS: dict[str, Callable[..., Common]] = {
     "run": Run,
+    "import": Import,
     "batch": Batch,
     "nightly": Nightly,
     "status": Status,

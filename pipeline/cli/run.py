@@ -17,7 +17,8 @@ from pipeline.errors import UserError
 class Run(Common):
     """Make an avatar from one or more videos of one person, or bring it up to date.
 
-    Stages that are finished and unchanged are left alone; a run that was stopped goes on where it was.
+    Stages that are finished and unchanged are left alone; a run that was stopped goes on where it was. Without a video,
+    a subject that is there already (--subject) is brought up to date with the settings of its last run.
     """
 
     videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="VIDEO...")] = ()
@@ -32,12 +33,12 @@ class Run(Common):
     """Alphas of your own: a video or a folder of images, one for every frame; for several clips given once for each."""
     no_check: bool = False
     """Do not look at new videos beforehand and say what to film again."""
-    preset: Literal["quick", "standard", "best"] = "quick"
-    """quick: a minute or two on two cores, 256 px. standard: minutes, 512 px. best: the paper's budget, for a GPU."""
-    avatar: Literal["rigged", "gaussianhead", "gaussianhead-plus"] = "rigged"
-    """The avatar model: rigged is ours and the fast one (docs/avatars.md compares them)."""
-    head: Literal["anny", "flame", "flame2023open", "flame2023", "flame2020", "gnm"] = "anny"
-    """The head model; anny needs no licence and no file, headcast doctor tells where the others go."""
+    preset: Literal["quick", "standard", "best"] | None = None
+    """quick, by default: a minute or two on two cores, 256 px. standard: minutes, 512 px. best: hours, for a GPU."""
+    avatar: Literal["rigged", "gaussianhead", "gaussianhead-plus"] | None = None
+    """The avatar model: rigged, which is ours, the fast one and the default (docs/avatars.md compares them)."""
+    head: Literal["anny", "flame", "flame2023open", "flame2023", "flame2020", "gnm"] | None = None
+    """The head model; anny, by default, needs no licence and no file, headcast doctor tells where the others go."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train and render; auto takes a GPU where there is one."""
     stage_minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
@@ -83,17 +84,16 @@ class Run(Common):
         """The options as a `RunRequest`.
 
         Raises:
-            UserError: no video is named.
+            UserError: neither a video nor a subject is named.
         """
         from pipeline.run import RunRequest
 
-        if not self.videos:
+        if not self.videos and self.subject is None:
             raise UserError(
                 "No video is named.", "for example: headcast run my_video.mp4; headcast run --help tells more"
             )
-        settings = [f"train.avatar={self.avatar}", f"fit.head={self.head}", *self.set]
-        if self.person is not None:
-            settings.append(f"track.person={self.person}")
+        options = {"train.avatar": self.avatar, "fit.head": self.head, "track.person": self.person}
+        settings = [*(f"{name}={value}" for name, value in options.items() if value is not None), *self.set]
         return RunRequest(
             data=self.data,
             subject=self.subject,

@@ -125,11 +125,6 @@ class Submit(Run):
             }
             told = {name: value for name, value in same.items() if value is not None}
             requests = read_batch(BatchRequest(what=self.batch, check=not self.no_check, settings=self.set, **told))
-        elif not self.videos and self.subject is not None:
-            same = {
-                name: getattr(self, name) for name in ("data", "subject", "first", "last", "device", "stage_minutes")
-            }
-            requests = [RunRequest(**same, store=self.store)]
         else:
             requests = [self.request()]
         routes = dict(route.partition("=")[::2] for route in self.route)
