@@ -65,7 +65,8 @@ LOCK_RETRY_SECONDS = 5.0
 STAGE_MINUTES = 120.0
 """Time limit of a stage where nobody watches: in batches, nights and services."""
 NOT_OF_IMPORTED = ("decode.", "track.", "fit.", "matte.alpha")
-"""Settings that say nothing to a subject that was imported, but for decode.max_side_px."""
+OF_IMPORTED = ("decode.max_side_px", "track.max_faces", "fit.crop_margin")
+"""Settings so named say nothing to a subject that was imported, but for these."""
 _stop_asked = threading.Event()
 
 
@@ -105,7 +106,7 @@ class Import(BaseModel):
         from pipeline.interchange import ReadOptions, read
 
         recording = read(self.folder, self.format, ReadOptions(self.fps, self.flame))
-        if recording.flame is not None and not recording.meshes:
+        if recording.flame is not None and not recording.meshes:  # as `pipeline.interchange.head` needs it
             from pipeline.heads.flame import load_flame
 
             load_flame(recording.flame.version)
@@ -408,22 +409,22 @@ def refuse_settings(request: RunRequest, subject: Subject) -> None:
     Raises:
         UserError: a setting says nothing to it.
     """
-    asked = [setting.partition("=")[0].strip() for setting in request.settings]
     options = [("--like", request.like is not None), ("--alpha", bool(request.alpha))]
     found = [option for option, given in options if given]
-    found += [f"--set {name}" for name in asked if name.startswith(NOT_OF_IMPORTED) and name != "decode.max_side_px"]
+    names = [setting.partition("=")[0].strip() for setting in request.settings]
+    found += [name for name in names if name.startswith(NOT_OF_IMPORTED) and name not in OF_IMPORTED]
     if found:
         raise UserError(
             f"{found[0]} says nothing to '{subject.name}': its frames, tracking, alphas and head are imported.",
-            "leave it away; decode.max_side_px and all settings of matte, train, evaluate and export can be chosen",
+            f"leave it away; what counts are {', '.join(OF_IMPORTED)}, and what train, evaluate and export have",
         )
 
 
 def needed_assets(subject: Subject, config: Config, stages: Sequence[Stage]) -> set[str]:
-    """The assets without which these stages of a subject cannot work; what was imported needs no models."""
+    """The assets without which these stages of a subject cannot work; alphas that were imported need no network."""
     told = imported(subject)
-    given = {} if told is None else {"decode", "track", "fit", *([] if told["alpha"] == "none" else ["matte"])}
-    return {name for stage in stages if stage.name not in given for name in stage.assets(config)}
+    given = told is not None and told["alpha"] != "none"
+    return {name for stage in stages if not (given and stage.name == "matte") for name in stage.assets(config)}
 
 
 def check_captures_first(request: RunRequest, subject: Subject, reporter: Reporter) -> None:

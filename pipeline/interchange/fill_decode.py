@@ -51,7 +51,8 @@ class Filled:
 def fill(run: StageRun) -> Result:
     """Write `frames/`, `alpha/` where the dataset has alphas, `frames.json`, a contact sheet and `recording.npz`.
 
-    No frame is left out and nothing is cut; of decode's settings only `decode.max_side_px` counts.
+    No frame is left out and nothing is cut; of decode's settings only `decode.max_side_px` counts. A picture that is
+    reduced is all there, so that the camera's scale each way is that of the pictures' sizes in whole pixels.
 
     Raises:
         UserError: the dataset is not what it was when it was imported, a picture is damaged, or the alphas say nothing.
@@ -101,15 +102,14 @@ def _fill_frame(run: StageRun, recording: Recording, window: Window, row: int) -
     path = run.subject.source / DATASET / recording.images[row]
     frame = read_image(path)
     _check_size(path, (frame.width, frame.height), recording.size)
-    picture = np.ascontiguousarray(frame.rgb(*window.size)[window.inside])
+    picture = frame.rgb(*window.content)
     if not (target := run.work / frame_file(row)).exists():
         save_image(target, picture)
     alpha = None
     if recording.alpha == "channel":
-        whole = frame.alpha(*window.size)
-        if whole is None:
+        alpha = frame.alpha(*window.content)
+        if alpha is None:
             raise UserError(f"'{path}' has no alpha channel, as the others have.", "complete the dataset")
-        alpha = np.ascontiguousarray(whole[window.inside])
     elif recording.alpha != "none":
         alpha = _alpha_of_mask(run.subject.source / DATASET / recording.masks[row], recording, window)
     if alpha is None:
@@ -130,9 +130,9 @@ def _alpha_of_mask(path: Path, recording: Recording, window: Window) -> Image:
     _check_size(path, mask.shape[1::-1], recording.size)
     if recording.alpha == "parsing":
         mask = importlib.import_module(FORMATS[recording.format].module).alpha_of(mask)
-    if recording.size != window.size:
-        mask = cv2.resize(mask, window.size, interpolation=cv2.INTER_AREA)
-    return np.ascontiguousarray(mask[window.inside], np.uint8)
+    if recording.size != window.content:
+        mask = cv2.resize(mask, window.content, interpolation=cv2.INTER_AREA)
+    return np.asarray(mask, np.uint8)
 
 
 def _check_size(path: Path, found: tuple[int, ...], wanted: tuple[int, int]) -> None:
