@@ -27,6 +27,7 @@ from pipeline.avatars.baked import (
     pose,
     shares,
 )
+from pipeline.expressions import ranges_of
 from pipeline.frames import evenly
 from pipeline.gaze import eyes_of
 from pipeline.geometry import (
@@ -218,10 +219,12 @@ def _samples(conditions: Condition, own: np.ndarray, mixed: int, neutral: Condit
     turn = matrix_to_rotvec(first.T_cam_head[:, :3, :3].mT @ turned.T_cam_head[:, :3, :3])
     head = make_rigid(first.T_cam_head[:, :3, :3] @ rotvec_to_matrix(reach[:, None] * turn), moved.T_cam_head[:, :3, 3])
     torso = head @ invert_rigid(bent.T_cam_head) @ bent.T_cam_torso
+    low, high = ranges_of(names, conditions.expression)
     raised = RAISED_BY * rng.random((mixed, len(names))) * (rng.random((mixed, len(names))) < RAISED / len(names))
-    expression = torch.lerp(first.expression, second.expression, share[:, None]) + torch.from_numpy(raised).float()
+    expression = torch.lerp(first.expression, second.expression, share[:, None])
+    expression += (high - low) * torch.from_numpy(raised).float()
     mixtures = Condition(
-        expression.clamp(0, 1),
+        expression.clamp(low, high),
         head,
         torso,
         matrix_to_rotvec(torso[:, :3, :3].mT @ head[:, :3, :3]),
@@ -229,13 +232,13 @@ def _samples(conditions: Condition, own: np.ndarray, mixed: int, neutral: Condit
         bent.torso_shape,
         head @ invert_rigid(moved.T_cam_head) @ moved.T_cam_skull,
     )
-    alone = torch.eye(len(names))
+    alone = torch.diag(high - low)
     # Rest itself is the last of them.
     gaze = torch.zeros(GAZES, 2, 3)
     gaze[:-1, :, :2] = torch.cat([0.3 * torch.eye(GAZE), -0.3 * torch.eye(GAZE)]).view(-1, 2, 2)
     count = len(alone) + len(gaze)
     probes = Condition(*(value.expand(count, *value.shape) for value in neutral))._replace(
-        expression=(neutral.expression + torch.cat([alone, torch.zeros(len(gaze), len(names))])).clamp(0, 1),
+        expression=(neutral.expression + torch.cat([alone, torch.zeros(len(gaze), len(names))])).clamp(low, high),
         eyes=neutral.eyes + torch.cat([eyes_of(alone, names), gaze]),
     )
     clip = Condition(*(value[torch.from_numpy(own)] for value in conditions))

@@ -64,9 +64,23 @@ class Range(NamedTuple):
     test: tuple[float, float]
 
     @property
+    def span(self) -> tuple[float, float]:
+        """What a chart shows of it: 0 to 1, or of an imported dataset's own coefficient all that was seen."""
+        if "/" not in self.name:
+            return 0.0, 1.0
+        low, high = min(self.train[0], self.test[0]), max(self.train[1], self.test[1])
+        return low, max(high, low + 1e-9)
+
+    def share(self, value: float) -> float:
+        """Where a value lies in `span`, from 0 to 1."""
+        low, high = self.span
+        return (value - low) / (high - low)
+
+    @property
     def beyond(self) -> bool:
         """Whether held-out frames go beyond training."""
-        margin = MARGIN["expression"]
+        low, high = self.span
+        margin = MARGIN["expression"] * (high - low)
         return self.test[1] > self.train[1] + margin or self.test[0] < self.train[0] - margin
 
 
@@ -135,8 +149,8 @@ class Coverage:
         return f"{_angle(angle, values.max())} to {_angle(angle, values.min())}"
 
     def hardly_shown(self) -> list[str]:
-        """Coefficients that stayed below `HARDLY` in training."""
-        return [found.name for found in self.ranges() if found.train[1] < HARDLY]
+        """Coefficients that stayed below `HARDLY` in training; of ARKit's only, as others have ranges of their own."""
+        return [found.name for found in self.ranges() if "/" not in found.name and found.train[1] < HARDLY]
 
     @functools.cached_property
     def _limits(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -151,7 +165,10 @@ class Coverage:
 
     @functools.cached_property
     def _margins(self) -> NDArray[np.float64]:
-        return np.repeat([MARGIN["expression"], MARGIN["angle"]], [len(self.names), len(self.angles)])
+        # An imported dataset's own coefficients have ranges of their own.
+        low, high = self._limits
+        ranges = [max(high[i] - low[i], 1e-9) if "/" in name else 1.0 for i, name in enumerate(self.names)]
+        return np.array([MARGIN["expression"] * size for size in ranges] + len(self.angles) * [MARGIN["angle"]])
 
     def lacking(self, frame: int) -> list[str]:
         """What a frame has beyond all that training showed, the most telling first."""

@@ -17,7 +17,12 @@ _OUTWARDS = {"Left": 1.0, "Right": -1.0}
 
 
 def eyes_of(expression: Tensor, names: Sequence[str]) -> Tensor:
-    """Eye rotation vectors [T,2,3] (left, right) that the eyeLook* coefficients of `expression` [T,E] stand for."""
+    """Eye rotation vectors [T,2,3] (left, right) that the eyeLook* coefficients of `expression` [T,E] stand for.
+
+    Straight ahead where there are none among `names`, as in an imported dataset's own.
+    """
+    if not _looks(names):
+        return torch.zeros(len(expression), 2, 3, dtype=expression.dtype, device=expression.device)
 
     def angle(direction: str, side: str) -> Tensor:
         return GAZE_RANGE_RAD[direction] * expression[:, names.index(f"eyeLook{direction}{side}")]
@@ -31,10 +36,19 @@ def eyes_of(expression: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def looking(expression: Tensor, names: Sequence[str], eyes: Tensor) -> Tensor:
-    """`expression` [T,E] with the eyeLook* coefficients that stand for `eyes` [T,2,3]; of two opposites one is 0."""
+    """`expression` [T,E] with the eyeLook* coefficients that stand for `eyes` [T,2,3]; of two opposites one is 0.
+
+    The same where there are none among `names`.
+    """
+    if not _looks(names):
+        return expression
     expression = expression.clone()
     for eye, (side, outwards) in enumerate(_OUTWARDS.items()):
         pitch, yaw = eyes[:, eye, 0], outwards * eyes[:, eye, 1]
         for direction, turn in (("Down", pitch), ("Up", -pitch), ("Out", yaw), ("In", -yaw)):
             expression[:, names.index(f"eyeLook{direction}{side}")] = turn.clamp(min=0) / GAZE_RANGE_RAD[direction]
     return expression
+
+
+def _looks(names: Sequence[str]) -> bool:
+    return any(name.startswith("eyeLook") for name in names)

@@ -23,6 +23,7 @@ from pipeline.advice import advise, stage_arrays
 from pipeline.charts import Chart, Level, Line, Mark, chart
 from pipeline.config import Config, differences
 from pipeline.dataset import Subject, write_atomic
+from pipeline.expressions import basis_of, is_arkit
 from pipeline.frames import shown_file
 from pipeline.limits import PARTS, limits
 from pipeline.products import ACCOUNT
@@ -56,6 +57,8 @@ GROUPS = {
     "Jaw, brows, cheeks and nose": ("jaw", "brow", "cheek", "nose", "tongue"),
 }
 """Coefficients by what their names begin with."""
+LIVELIEST = 24
+"""So many of a dataset's own coefficients are shown, those with the widest ranges."""
 EXPORTED = "exported"
 _VERDICT_OPENING = re.compile(r"^[A-Z][\w ]{0,30}: (good|fair|poor)\. ")
 
@@ -175,6 +178,7 @@ def _contents(subject: Subject, stages: Sequence[Stage], config: Config) -> dict
         "parts": _parts(metrics) if metrics else [],
         "coverage": coverage,
         "expressions": _by_group(coverage) if coverage else {},
+        "own_basis": basis_of(coverage.names) if coverage and not is_arkit(coverage.names) else "",
         "poses": _pose_charts(coverage) if coverage else [],
         "speed": _speed(finished, metrics),
         "sizes": _sizes(subject),
@@ -457,7 +461,10 @@ def _parts(metrics: dict[str, Any]) -> list[tuple[str, float, float]]:
 def _by_group(coverage: Coverage) -> dict[str, list[Range]]:
     """What was seen of every coefficient, by part of the face."""
     ranges = coverage.ranges()
-    return {title: [found for found in ranges if found.name.startswith(begin)] for title, begin in GROUPS.items()}
+    groups = {title: [found for found in ranges if found.name.startswith(begin)] for title, begin in GROUPS.items()}
+    own = [found for found in ranges if "/" in found.name]
+    liveliest = sorted(own, key=lambda found: found.train[0] - found.train[1])[:LIVELIEST]
+    return groups | {basis_of(coverage.names): liveliest}
 
 
 def _pose_charts(coverage: Coverage) -> list[Chart]:

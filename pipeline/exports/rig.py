@@ -52,7 +52,7 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
 
     subject = LoadedSubject(export.subject)
     avatar = subject.avatar().model
-    licence = check_licence(export, subject.clip.head)
+    licence = check_licence(export, subject.clip)
     rigged = isinstance(avatar, RiggedAvatar)
     arrays = head_arrays(subject.clip)
     if isinstance(avatar, RiggedAvatar):
@@ -146,12 +146,16 @@ def _rigged_arrays(avatar: RiggedAvatar, head: Arrays) -> Arrays:
 
 
 def probes(avatar: AvatarModel, names: tuple[str, ...] = PROBES) -> list[Condition]:
-    """Rest, and rest with each of these coefficients at 1; eyes look where the coefficients say."""
+    """Rest, and rest with each of these coefficients at 1; eyes look where the coefficients say.
+
+    Of an avatar that has none of them, the first of its own.
+    """
     import torch
 
     from pipeline.gaze import eyes_of
 
     rest, known = avatar.neutral, avatar.expression_names
+    names = tuple(name for name in names if name in known) or known[: len(names)]
     alone = torch.zeros(1 + len(names), len(known))
     for row, name in enumerate(names, 1):
         alone[row, known.index(name)] = 1

@@ -45,10 +45,14 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
     """
     from pipeline.exports import webcam
     from pipeline.exports.packing import pack
+    from pipeline.expressions import basis_of, is_arkit
 
     with_webcam = choice(export, "webcam", "true", "false") == "true"
     avatar, performance, clip = _read(export)
     export.reporter.message("Packing the avatar.")
+    if with_webcam and not is_arkit(avatar.expression_names):
+        export.reporter.message(f"Without the webcam: the avatar is driven by {basis_of(avatar.expression_names)}.")
+        with_webcam = False
     packed = pack(avatar, performance)
     assets = {AVATAR: packed.data}
     if with_webcam:

@@ -131,18 +131,30 @@ def _checked(arrays: dict[str, NDArray[Any]], text: dict[str, Any]) -> StoredHea
     if len(set(names["expression_names"])) < expressions:
         raise ValueError("two of its expressions have one name")
     name, version, licence = _texts([text["name"], text["version"], text["licence"]])
-    floats = {key: arrays[key].astype(np.float32) for key in shapes if key not in kinds}
+
+    def floats(key: str) -> NDArray[np.float32]:
+        return arrays[key].astype(np.float32)
+
     head = HeadModel(
         name=name,
         version=version,
+        template=floats("template"),
+        faces=arrays["faces"].astype(np.int32),
         uv=None,
         uv_faces=None,
-        faces=arrays["faces"].astype(np.int32),
-        landmark_faces=arrays["landmark_faces"].astype(np.int32),
+        identity_basis=floats("identity_basis"),
         identity_names=names["identity_names"],
+        identity_low=floats("identity_low"),
+        identity_high=floats("identity_high"),
+        expression_basis=floats("expression_basis"),
         expression_names=names["expression_names"],
+        skin_weights=floats("skin_weights"),
+        joints=floats("joints"),
+        joints_identity_basis=floats("joints_identity_basis"),
         regions=dict(zip(names["region_names"], arrays["regions"], strict=True)),
-        **floats,
+        landmark_faces=arrays["landmark_faces"].astype(np.int32),
+        landmark_bary=floats("landmark_bary"),
+        landmark_spread=floats("landmark_spread"),
     )
     return StoredHead(head, licence, text["may_be_passed_on"] is True)
 

@@ -51,7 +51,7 @@ def fill(run: StageRun) -> Result:
         rotations = torso_motion(frames.times, Ts_cam_head[:, :3, :3], usable.astype(float), frames.shots)[0]
         guess = make_rigid(rotations, Ts_cam_head[:, :3, 3])
     raw = track["landmarks_raw"][..., :2].astype(np.float64)
-    seen = np.isfinite(raw).all((1, 2))
+    seen = np.all(np.isfinite(raw), axis=(1, 2))
     fitted = Fitted(
         stored.model,
         frames,
@@ -60,7 +60,7 @@ def fill(run: StageRun) -> Result:
         np.zeros(0),
         motion["expression"].astype(np.float64),
         motion["eyes"],
-        np.where(seen[:, None, None], raw, track["landmarks"][..., :2]),
+        np.where(seen[:, np.newaxis, np.newaxis], raw, track["landmarks"][..., :2]),
         np.ones(len(frames), bool),
         usable,
         np.linalg.norm(raw - track["landmarks"][..., :2], axis=2),

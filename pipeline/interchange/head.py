@@ -73,7 +73,9 @@ class ImportedHead:
         from pipeline.fitting import reduce_to_landmarks
 
         at = reduce_to_landmarks(self.stored.model)
-        points = at.points(np.zeros(0), np.zeros((1 + len(at.expression), LANDMARKS, 3)), self.coefficients)
+        points = at.points(
+            np.zeros(0), np.zeros((1 + len(at.expression), LANDMARKS, 3)), self.coefficients.astype(np.float64)
+        )
         for eye in range(2):
             on_eye = at.eye == eye
             turned = rotvec_to_matrix(self.eyes[:, eye])

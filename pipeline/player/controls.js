@@ -26,6 +26,11 @@ const PRESETS = {
 const HEAD = ["Nod", "Turn", "Tilt"], HEAD_DEGREES = { beyond: 4, least: 8, most: 35 };
 const BACKGROUNDS = ["studio", "white", "grey", "black", "green"];
 const SLIDERS_EVERY_MS = 100;
+const SHOWN = {
+  percent: (value) => Math.round(100 * value),
+  degrees: (value) => `${Math.round(value)}°`,
+  plain: (value) => value.toFixed(2),
+};
 
 const element = (id) => document.getElementById(id);
 const media = (query) => window.matchMedia(query).matches;
@@ -58,6 +63,7 @@ function buildSliders(player) {
   };
 
   for (const [label, raised] of Object.entries(PRESETS)) {
+    if (names.every(isOwn) && label !== "Rest") continue; // they are known by ARKit's names only
     const button = make("button", { textContent: label, type: "button" });
     button.onclick = () =>
       touch(() => {
@@ -78,21 +84,21 @@ function buildSliders(player) {
     groups.append(group);
     return group;
   };
-  const addRow = (group, label, name, min, max, read, write) => {
+  const addRow = (group, label, name, min, max, unit, read, write) => {
     const row = make("label", { className: "row", title: name });
     const slider = make("input", { type: "range", min, max, step: (max - min) / 200, ariaLabel: inWords(name) });
     const output = make("output", {});
     row.append(make("span", { textContent: label }), slider, output);
     group.append(row);
     slider.oninput = () => touch(() => write(slider.valueAsNumber));
-    rows.push({ row, group, slider, output, read, percent: max === 1, words: `${name} ${label}`.toLowerCase() });
+    rows.push({ row, group, slider, output, read, unit, words: `${name} ${label}`.toLowerCase() });
   };
 
   const head = addGroup("Head");
   let angles = new Float64Array(3);
   const turned = furthestTurns(player);
   HEAD.forEach((label, axis) =>
-    addRow(head, label, `head${label}, degrees`, -turned[axis], turned[axis], () => angles[axis], (value) => {
+    addRow(head, label, `head${label}, degrees`, -turned[axis], turned[axis], "degrees", () => angles[axis], (value) => {
       angles[axis] = value;
       setHeadAngles(angles);
     }),
@@ -104,7 +110,9 @@ function buildSliders(player) {
     const group = addGroup(title);
     for (const i of found) {
       left.delete(i);
-      addRow(group, inWords(names[i].replace(prefix, "")), names[i], 0, 1, () => player.drive.expression[i], (value) => {
+      const [low, high] = rangeOf(names[i], i), unit = isOwn(names[i]) ? "plain" : "percent";
+      const label = isOwn(names[i]) ? names[i] : inWords(names[i].replace(prefix, ""));
+      addRow(group, label, names[i], low, high, unit, () => player.drive.expression[i], (value) => {
         const linked = element("linked").checked && twins[i] >= 0;
         setExpression(new Map(linked ? [[i, value], [twins[i], value]] : [[i, value]]));
       });
@@ -114,12 +122,26 @@ function buildSliders(player) {
 
   return () => {
     angles = headAngles(player);
-    for (const { slider, output, read, percent } of rows) {
+    for (const { slider, output, read, unit } of rows) {
       const value = read();
       slider.value = value;
-      output.textContent = percent ? Math.round(100 * value) : `${Math.round(slider.value)}°`;
+      output.textContent = SHOWN[unit](Number(unit === "degrees" ? slider.value : value));
     }
   };
+}
+
+/* Whether a coefficient is of an imported dataset's own basis, whose name comes before the slash. */
+const isOwn = (name) => name.includes("/");
+
+/* From where to where a coefficient goes: 0 to 1, or of an imported dataset's own what the clip shows, and rest. */
+function rangeOf(name, i) {
+  if (!isOwn(name)) return [0, 1];
+  let low = 0, high = 1e-6;
+  for (let frame = 0; frame < clip.state.frames; frame++) {
+    const value = clip.driveOf(frame).expression[i];
+    [low, high] = [Math.min(low, value), Math.max(high, value)];
+  }
+  return [low, high];
 }
 
 /* Degrees that the head may turn about each axis: a little further than in the clip, as what was not filmed looks odd. */

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.api import Pose
 from pipeline.errors import HeadcastError
+from pipeline.expressions import is_arkit
 from pipeline.retarget import Performance
 from pipeline.viewer.picture import Painter
 from pipeline.viewer.scene import PRESETS, Drive, Scene, eased, in_folders, label_of, partner_of, taken_over
@@ -107,9 +108,8 @@ class Controls:
 
     def _add_face(self) -> None:
         gui, names = self._gui, self._painter.full.expression_names
-        self._presets = gui.add_dropdown(
-            "Expression", tuple(PRESETS), "Rest", hint="Set the sliders to one that is known"
-        )
+        known = tuple(PRESETS) if is_arkit(names) else ("Rest",)
+        self._presets = gui.add_dropdown("Expression", known, "Rest", hint="Set the sliders to one that is known")
         self._presets.on_update(self._choose)
         self._reset = gui.add_button("Reset all", icon="rotate", hint="Face, eyes and head at rest")
         self._reset.on_click(lambda event: self.put({}))
@@ -137,11 +137,21 @@ class Controls:
         for folder, inside in in_folders(names).items():
             with gui.add_folder(folder, expand_by_default=False):
                 for name in inside:
-                    self._coefficients[name] = self._slider(label_of(name, folder), 0.0, 1.0, 0.01, name)
+                    low, high = self._range(name)
+                    step = 0.01 * (high - low)
+                    self._coefficients[name] = self._slider(label_of(name, folder), low, high, step, name)
         for name, handle in self._coefficients.items():
             handle.on_update(lambda event, name=name: self._move(event, name))
         for handle in (*self._gaze.values(), *self._head.values()):
             handle.on_update(lambda event: self._react(event, drive=SLIDERS))
+
+    def _range(self, name: str) -> tuple[float, float]:
+        """From where to where a coefficient's slider goes: an imported dataset's own, as far as the clip and rest."""
+        if "/" not in name:
+            return 0.0, 1.0
+        column = self._seen.names.index(name)
+        low, high = min(float(self._seen.low[column]), 0.0), max(float(self._seen.high[column]), 0.0)
+        return low, max(high, low + 1e-6)
 
     def _slider(self, label: str, low: float, high: float, step: float, hint: str) -> Any:
         return self._gui.add_slider(label, low, high, step, 0.0, marks=_NO_MARKS, hint=hint)
@@ -277,7 +287,7 @@ class Controls:
     def put(self, expression: Mapping[str, float], pose: Pose = _REST) -> None:
         """Put the sliders where these are, and have them drive."""
         for name, handle in self._coefficients.items():
-            handle.value = float(np.clip(expression.get(name, 0.0), 0, 1))
+            handle.value = float(np.clip(expression.get(name, 0.0), handle.min, handle.max))
         places = {part: getattr(pose, part) for part in self._head}
         places |= {part: 100 * places[part] for part in ("right", "down", "away")}
         for part, handle in self._head.items():

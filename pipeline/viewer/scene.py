@@ -236,7 +236,7 @@ def eased(
     wanted = np.array([names[name] for name in seen.names])
     room = np.array([OVERSHOOT.get(name, OVERSHOOT["expression"]) for name in seen.names])
     # Rest itself is never taken away, even where the clip never showed it.
-    low = np.where(np.isin(seen.names, avatar.expression_names), 0, seen.low)
+    low = np.where(np.isin(seen.names, avatar.expression_names), np.minimum(seen.low, 0), seen.low)
     held = soft_limit(wanted[None], low, seen.high, room)[0]
     if np.array_equal(wanted, held):
         return dict(expression), pose, []
