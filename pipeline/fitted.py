@@ -275,7 +275,9 @@ def draw(run: StageRun, fitted: Fitted) -> None:
 
     def label(index: int) -> str:
         shot = f"shot {frames.shots[index]}  " if several else ""
-        error = f"{np.median(errors[index]):.2f} px" if fitted.detected[index] else "no face"
+        error = "no face" if not fitted.detected[index] else ""
+        if np.isfinite(errors[index]).all():
+            error = f"{np.median(errors[index]):.2f} px"
         return f"{shot}{index}  {error}{'' if fitted.usable[index] else '  not usable'}"
 
     T = len(frames)
@@ -308,4 +310,6 @@ def draw(run: StageRun, fitted: Fitted) -> None:
         ("torso, mm", dict(zip(("right", "down", "away"), 1e3 * shifts.T, strict=True))),
         ("error, px", {"median": np.median(errors, 1), "95 %": np.percentile(errors, 95, axis=1)}),
     ]
+    if fitted.offsets is None:  # imported: detected in a few frames only, which make no curve
+        panels.pop()
     plot_curves(run.work / "curves.png", frames.times, panels, ~fitted.usable, frames.shots)
