@@ -81,9 +81,8 @@ def fill(run: StageRun) -> Result:
 
 def intrinsics(recording: Recording, frames: FrameSet) -> Floats:
     """[T,3,3] of the decoded frames, which may be smaller than the dataset's pictures."""
-    scale = frames.contents / np.array(recording.size)
     Ks = recording.Ks.copy()
-    Ks[:, :2] *= scale[:, :, None]
+    Ks[:, :2] *= (np.array(frames.window(0).size) / recording.size)[:, None]
     return Ks
 
 

@@ -7,6 +7,7 @@ which anny is brought. Identity is part of the template, so that there are no id
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,18 +148,20 @@ def flame_head(recording: Recording, report: Callable[[str], None] | None = None
     offset = None if track.static_offset is None else torch.from_numpy(track.static_offset[: len(flame.template)])
     count, expressions = expression.shape
 
-    def posed(jaws: Floats) -> Floats:
-        """Neutral vertices [n,V,3] with the jaw turned by [n,3]."""
-        still = torch.zeros(len(jaws), 3, dtype=torch.float64)
-        eyes = torch.zeros(len(jaws), 2, 3, dtype=torch.float64)
-        none = torch.zeros(len(jaws), 0, dtype=torch.float64)
-        return flame.vertices(shape, none, still, still, torch.from_numpy(jaws), eyes, still, offset).numpy()
+    def posed(given: Floats, jaws: Floats) -> Floats:
+        """Vertices [n,V,3] with expressions [n,E] and the jaw turned by [n,3]."""
+        still, eyes = torch.zeros(len(jaws), 3, dtype=torch.float64), torch.zeros(len(jaws), 2, 3, dtype=torch.float64)
+        turns = (still, still, torch.from_numpy(jaws), eyes, still)
+        return flame.vertices(shape, torch.from_numpy(given), *turns, offset).numpy()
 
     middle = track.jaw.mean(0)
     steps = np.diag(np.maximum(track.jaw.std(0), JAW_STEP_RAD))
-    turned = posed(np.concatenate([middle[None], middle + steps, middle - steps]))
+    jaws = np.concatenate([middle[None], middle + steps, middle - steps])
+    turned = posed(np.zeros((len(jaws), expressions)), jaws)
     jaw = (turned[1:4] - turned[4:]) / (2 * steps.diagonal()[:, None, None])
     template = turned[0] - np.tensordot(middle, jaw, 1)
+    # With a jaw that stays, FLAME is linear in its expressions: here they turn along with the jaw at its mean.
+    moved = posed(np.eye(expressions), np.repeat(middle[None], expressions, 0)) - turned[0]
 
     at_rest = flame.joints(shape, expression[:1, :0], offset)[0].numpy()
     joints = flame.joints(shape, expression, offset).numpy()
@@ -166,7 +169,7 @@ def flame_head(recording: Recording, report: Callable[[str], None] | None = None
     order = [NECK, NECK, left, right]
     pivot = at_rest[NECK]
     weights = flame.weights.numpy()
-    basis = [flame.expressions[:expressions].numpy(), jaw]
+    basis = [moved, jaw]
     names = [*recording.coefficient_names, *(f"{track.version}-jaw/{axis}" for axis in "xyz")]
     values = [recording.coefficients, track.jaw]
     if track.eyelids is not None:
@@ -246,7 +249,9 @@ def mesh_head(
     scale, rotation, translation = similarity(_at_landmarks(rough), _at_landmarks(anny))
     pivot = -rotation.T @ translation / scale
     centres = [template[side].mean(0) for side in (left, right)]
-    names = [f"insta-mesh/{index:02d}" for index in range(extra.shape[1])]
+    # Components are this dataset's own: those of another have other names, so that nobody mistakes them.
+    digest = hashlib.sha256(np.concatenate([template[None], basis]).astype(np.float32).tobytes()).hexdigest()[:8]
+    names = [f"insta-mesh-{digest}/{index:02d}" for index in range(extra.shape[1])]
     head = replace(
         rough,
         template=(template - pivot).astype(np.float32),
