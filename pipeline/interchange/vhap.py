@@ -79,7 +79,7 @@ def read(folder: Path, options: ReadOptions) -> Recording:
     cameras = sorted({each.camera for each in frames})
     if len(cameras) > 1:
         raise document.wrong(
-            f"has {len(cameras)} cameras (camera_index {', '.join(map(str, cameras[:6]))} ...); sequences of one are read"
+            f"has {len(cameras)} cameras (camera_index {cameras[0]}, {cameras[1]} ...), sequences of one are read"
         )
     first = frames[0]
     for each in frames:
@@ -336,18 +336,18 @@ def write(
         save_image(folder / mask, alpha)
         parameters = f"flame_param/{row:05d}.npz"
         extra = dict(recording.frame_extra[row]) if keep and recording.frame_extra else {}
-        np.savez(
-            folder / parameters,
-            translation=translation[row : row + 1].astype(np.float32),
-            rotation=rotation[row : row + 1].astype(np.float32),
-            neck_pose=track.neck[row : row + 1].astype(np.float32),
-            jaw_pose=track.jaw[row : row + 1].astype(np.float32),
-            eyes_pose=track.eyes[row].reshape(1, 6).astype(np.float32),
-            expr=_padded(track.expression[row], EXPRESSIONS)[None],
-            dynamic_offset=np.zeros_like(static),
+        arrays: dict[str, Any] = {
             **fixed,
-            **_kept_arrays(recording, row) if keep else {},
-        )
+            "translation": translation[row : row + 1],
+            "rotation": rotation[row : row + 1],
+            "neck_pose": track.neck[row : row + 1],
+            "jaw_pose": track.jaw[row : row + 1],
+            "eyes_pose": track.eyes[row].reshape(1, 6),
+            "expr": _padded(track.expression[row], EXPRESSIONS)[None],
+            "dynamic_offset": np.zeros_like(static),
+        }
+        arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
+        np.savez(folder / parameters, **arrays, **(_kept_arrays(recording, row) if keep else {}))
         number = int(recording.numbers[row])
         frames.append(
             {
@@ -451,10 +451,11 @@ def _padded(values: Floats, size: int) -> NDArray[np.float32]:
 
 def _kept_arrays(recording: Recording, row: int) -> dict[str, Any]:
     """Unknown arrays of the FLAME file that this frame was read from."""
-    kept = [
-        value for name, value in recording.extra.items() if Path(name).stem == f"{row:05d}" and name.endswith(".npz")
-    ]
-    return {key: np.asarray(value) for value in kept for key, value in value.items()}
+    kept: dict[str, Any] = {}
+    for name, arrays in recording.extra.items():
+        if name.endswith(".npz") and Path(name).stem == f"{row:05d}":
+            kept |= {key: np.asarray(value) for key, value in arrays.items()}
+    return kept
 
 
 def _write_canonical(path: Path, fixed: Mapping[str, NDArray[np.float32]]) -> None:
@@ -488,7 +489,6 @@ def _write_lists(
     chosen = {"train": [s for s in steps if s in train], "val": [], "test": [s for s in steps if s not in train]}
     for name, rows in chosen.items():
         times = chosen["train"] if name == "val" else rows
-        part = {"frames": [frames[row] for row in rows], **camera, "timestep_indices": times}
-        write_json(
-            folder / f"transforms_{name}.json", {**part, "camera_indices": [] if name == "val" else [0], **extra}
-        )
+        cameras = [] if name == "val" else [0]
+        part = {"frames": [frames[row] for row in rows], **camera, "timestep_indices": times, "camera_indices": cameras}
+        write_json(folder / f"transforms_{name}.json", {**part, **extra})
