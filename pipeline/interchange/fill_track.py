@@ -16,7 +16,7 @@ from pipeline.frames import FrameSet, contact_sheet, counted, evenly, save_image
 from pipeline.geometry import project_points
 from pipeline.heads.stored import FILE as HEAD_FILE
 from pipeline.heads.stored import save_head
-from pipeline.interchange.head import ImportedHead, imported_head, looks_needed
+from pipeline.interchange.head import WRONG_CONVENTION, ImportedHead, imported_head, looks_needed
 from pipeline.interchange.recording import FILE, Recording, load_recording
 from pipeline.stage import Level, Result, StageRun, Verdict
 
@@ -65,7 +65,7 @@ def fill(run: StageRun) -> Result:
         frame = int((depth <= 0).any(1).argmax())
         raise StageError(
             f"The head lies behind the camera in frame {frame} (number {recording.numbers[frame]}).",
-            _convention(recording),
+            WRONG_CONVENTION,
         )
     pixels = project_points(in_camera, Ks)
     share = _apart(recording, pixels, looks)
@@ -102,13 +102,6 @@ def _look(run: StageRun, frames: FrameSet, count: int) -> dict[int, NDArray[np.f
     return found
 
 
-def _convention(recording: Recording) -> str:
-    return (
-        f"its matrices are probably in another convention than {recording.format} has: see which tool wrote it, and "
-        "name the format: headcast import FOLDER --format NAME"
-    )
-
-
 def _apart(recording: Recording, pixels: Floats, looks: dict[int, NDArray[np.float32]]) -> float | None:
     """Median distance of detected landmarks from the head's, in widths of the face; None where none was detected.
 
@@ -126,7 +119,7 @@ def _apart(recording: Recording, pixels: Floats, looks: dict[int, NDArray[np.flo
             f"The dataset's head lies {np.median(distances[worst]):.0f} px away from the face that frame {worst} "
             f"(number {recording.numbers[worst]}) shows, {share:.2f} of the face's width over "
             f"{counted(len(looks), 'frame')}.",
-            _convention(recording),
+            WRONG_CONVENTION,
         )
     return share
 

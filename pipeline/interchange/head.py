@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import StageError
-from pipeline.geometry import make_rigid, rotvec_to_matrix, transform_points
+from pipeline.geometry import make_rigid, project_points, rotvec_to_matrix, transform_points
 from pipeline.heads import HeadModel
 from pipeline.heads.stored import StoredHead
 
@@ -45,6 +45,14 @@ FACE_M = 0.17
 PIXEL_NOISE, SHAPE_M = 1.5, 0.002
 """What triangulation expects: error of a detection in pixels, and how far a coefficient's deviation moves a point."""
 ANNY_ROUNDS = 8
+IRISES = (473, 468)
+"""MediaPipe's landmarks in the middle of the left and the right iris."""
+EYES_SHARE = 0.06
+"""Widths of the face that irises may be seen away from their eyeballs: a gaze of 25 degrees moves them by 0.035."""
+WRONG_CONVENTION = (
+    "its matrices are probably in another convention than its format has: see which tool wrote it, and name the "
+    "format: headcast import FOLDER --format NAME"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +227,7 @@ def mesh_head(
         Ks, looks: as `imported_head`.
 
     Raises:
-        StageError: a landmark never lies on the mesh.
+        StageError: the mesh is not where the face is seen.
     """
     from pipeline.heads.anny import load_anny
     from pipeline.heads.external import CARRIED_REGIONS
@@ -230,7 +238,11 @@ def mesh_head(
     left, right = _eyeballs(template, faces)
     rough = _bare_head("imported-mesh", template, faces, left, right)
     renders = [_as_render(recording.Ts_cam_world[i], meshes[i], Ks[i], looks[i], recording.size) for i in looks]
-    embedding = embed(rough, renders)
+    _check_eyes(recording, meshes, (left, right), Ks, looks)
+    try:
+        embedding = embed(rough, renders)
+    except StageError:
+        raise _wrong_cameras() from None
     rough = replace(
         rough,
         landmark_faces=embedding["faces"],
@@ -270,6 +282,34 @@ def mesh_head(
         f"the dataset's meshes ({len(template):,} vertices), told by its coefficients and {len(names)} components more",
         from_looks=True,
     )
+
+
+def _check_eyes(
+    recording: Recording,
+    meshes: NDArray[np.floating],
+    eyeballs: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+    Ks: Floats,
+    looks: Looks,
+) -> None:
+    """See that the meshes' eyes are where eyes are seen: the one thing that landmarks found on a mesh do not tell.
+
+    Raises:
+        StageError: they are not.
+    """
+    shares = []
+    for row, seen in looks.items():
+        centres = np.stack([meshes[row][side].mean(0) for side in eyeballs]).astype(np.float64)
+        in_camera = transform_points(recording.Ts_cam_world[row], centres)
+        if (in_camera[:, 2] <= 0).any():
+            raise StageError(f"The head lies behind the camera in frame {row}.", WRONG_CONVENTION)
+        apart = np.linalg.norm(project_points(in_camera, Ks[row]) - seen[list(IRISES)], axis=1).mean()
+        shares.append(apart / np.ptp(seen[:, 0]))
+    if np.median(shares) > EYES_SHARE:
+        raise StageError(
+            f"The eyes of the dataset's meshes lie {np.median(shares):.2f} of the face's width away from those that "
+            "its frames show.",
+            WRONG_CONVENTION,
+        )
 
 
 def mesh_basis(coefficients: Floats, meshes: NDArray[np.floating]) -> tuple[Floats, Floats, Floats]:
@@ -400,9 +440,8 @@ def triangulate(looks: Floats, Ks: Floats, Ts_cam_world: Floats, coefficients: F
 
 def _wrong_cameras() -> StageError:
     return StageError(
-        "The dataset's cameras do not bring the face's landmarks together before them: its matrices are probably in "
-        "another convention than this format's.",
-        "see which tool wrote it, and name the format: headcast import FOLDER --format NAME",
+        "The dataset's cameras do not bring the face's landmarks together before them.",
+        WRONG_CONVENTION,
     )
 
 

@@ -148,7 +148,7 @@ def test_points_and_their_moves_are_triangulated() -> None:
     at = points + np.tensordot(values, moves, 1)
     found, moved = triangulate(project_points(transform_points(Ts, at), Ks), Ks, Ts, values)
     np.testing.assert_allclose(found, points, atol=1e-4)
-    np.testing.assert_allclose(moved, moves, atol=2e-4)
+    np.testing.assert_allclose(moved, moves, atol=5e-4)
 
 
 def test_a_head_of_landmarks_alone_finds_unit_and_place() -> None:
