@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.avatars import Condition
 from pipeline.avatars.baked import HALF, BakedAvatar
 from pipeline.errors import UserError
+from pipeline.expressions import is_arkit
 from pipeline.geometry import make_rigid, matrix_to_rotvec, rotvec_to_matrix
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def pack(avatar: BakedAvatar, performance: Performance) -> Packed:
     )
     ordered = _ordered(avatar)
     for share in SHARES:
-        arrays = _arrays(_with_fewer_shapes(ordered, share)) | _clip_arrays(performance)
+        arrays = _arrays(_with_fewer_shapes(ordered, share)) | _clip_arrays(
+            performance, is_arkit(avatar.expression_names)
+        )
         about = {"schema": SCHEMA, "expression_names": list(avatar.expression_names), "head": avatar.head}
         data = save(arrays, {METADATA: json.dumps(about)})
         if len(data) > LIMIT_BYTES:
@@ -149,11 +152,13 @@ def _arrays(weights: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _clip_arrays(performance: Performance) -> dict[str, NDArray[Any]]:
+def _clip_arrays(performance: Performance, within_one: bool) -> dict[str, NDArray[Any]]:
+    """What drives the avatar through its clip; `within_one`: its coefficients go from 0 to 1."""
     conditions, times = performance
+    expression = conditions.expression.numpy()
     arrays = {
         "clip_times": times.astype(np.float32),
-        "clip_expression": (conditions.expression.clamp(0, 1) * 65535).round().numpy().astype(np.uint16),
+        "clip_expression": (expression.clip(0, 1) * 65535).round().astype(np.uint16) if within_one else expression,
         "clip_eyes": conditions.eyes[..., :2].flatten(1).numpy(),
         "clip_shape": conditions.torso_shape.numpy(),
     }
@@ -168,6 +173,8 @@ def _performance(clip: dict[str, Tensor]) -> Performance:
     head, torso, skull = (make_rigid(rotvec_to_matrix(clip[name][:, :3]), clip[name][:, 3:]) for name in POSES)
     eyes = torch.nn.functional.pad(clip["eyes"].view(-1, 2, 2), (0, 1))
     neck = matrix_to_rotvec(torso[:, :3, :3].mT @ head[:, :3, :3])
-    expression = clip["expression"].float() / 65535
+    expression = clip["expression"]
+    if not expression.is_floating_point():
+        expression = expression.float() / 65535
     conditions = Condition(expression, head, torso, neck, eyes, clip["shape"], skull)
     return Performance(conditions, clip["times"].double().numpy())

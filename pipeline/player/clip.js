@@ -61,13 +61,18 @@ export function step(frames) {
 export function driveOf(frame) {
   const { arrays, E, M } = clip, row = (name, n) => arrays[`clip_${name}`].subarray(n * frame, n * (frame + 1));
   return {
-    expression: Float32Array.from(row("expression", E), (value) => value / 65535),
+    expression: expressionOf(row("expression", E)),
     head: poseOf(row("T_cam_head", 6)),
     torso: poseOf(row("T_cam_torso", 6)),
     skull: poseOf(row("T_cam_skull", 6)),
     eyes: row("eyes", 4),
     torsoShape: row("shape", M),
   };
+}
+
+/* Coefficients from 0 to 1 come as whole numbers; an imported dataset's own, of any range, as they are. */
+function expressionOf(values) {
+  return values instanceof Float32Array ? values.slice() : Float32Array.from(values, (value) => value / 65535);
 }
 
 function poseOf([x, y, z, ...moved]) {
