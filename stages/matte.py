@@ -10,8 +10,9 @@ hang together with the tracked person goes.
 from __future__ import annotations
 
 import bisect
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -105,15 +106,15 @@ class Clip:
         self.wanted: list[int] = np.flatnonzero(self.present).tolist()
 
     def side_by_side(
-        self, work: Callable[[Any], Any], todo: Sequence[Any], advance: Callable[[int], None] = lambda count: None
+        self, work: Callable[[Any], Any], todo: Iterable[Any], advance: Callable[[int], None] = lambda count: None
     ) -> list[Any]:
         """Work on several things at once, each with one thread; a stop is heeded between them."""
         results: list[Any] = []
+        remaining = iter(todo)
         with single_threaded_opencv(), ThreadPoolExecutor(self.run.threads) as pool:
-            for first in range(0, len(todo), self.run.threads):
+            while part := list(itertools.islice(remaining, self.run.threads)):
                 self.run.check_stop()
-                part = list(pool.map(work, todo[first : first + self.run.threads]))
-                results += part
+                results += pool.map(work, part)
                 advance(len(part))
         return results
 
@@ -162,13 +163,15 @@ def _cut_given(clip: Clip, given: GivenAlpha) -> dict[str, Any]:
     """Take alphas as they are given, for every frame."""
     from pipeline.matting.refine import foreground
 
-    with clip.run.reporter.task("matte", len(clip.frames), "frames") as task:
-        for index in range(len(clip.frames)):
-            clip.run.check_stop()
-            if not _is_cut(clip.run, index):
-                alpha, image = given(index), clip.frames.image(index)
-                _save(clip, index, Cut(alpha, foreground(image, _share(alpha)), np.full_like(alpha, 255)))
-            task.advance()
+    def cut(index: int, alpha: Image) -> None:
+        image = clip.frames.image(index)
+        _save(clip, index, Cut(alpha, foreground(image, _share(alpha)), np.full_like(alpha, 255)))
+
+    todo = [index for index in range(len(clip.frames)) if not _is_cut(clip.run, index)]
+    done = len(clip.frames) - len(todo)
+    with clip.run.reporter.task("matte", len(clip.frames), "frames", done) as task:
+        # Alphas are read here, one after the other, and used by several threads.
+        clip.side_by_side(lambda one: cut(*one), ((index, given(index)) for index in todo), task.advance)
     return {}
 
 

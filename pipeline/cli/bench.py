@@ -31,15 +31,30 @@ class Bench(Common):
     Prefect costs per stage, batches and submissions of 20, how long a killed worker's subject waits, status and the
     nightly's decision on 10 to --subjects finished subjects. view: how fast headcast view makes
     pictures of a subject in --data, named in place of a video; some seconds. player: how near the exported page's
-    pictures are to ours, and what its JavaScript costs, for subjects in --data; wants Chromium and Playwright.
+    pictures are to ours, and what its JavaScript costs, for subjects in --data; wants Chromium and Playwright. import:
+    datasets of 500 synthetic frames in every format, imported one after the other, beside plain copying; some minutes,
+    the formats with FLAME only where FLAME is.
     """
 
     what: tyro.conf.Positional[
-        Literal["raster", "run", "matte", "avatars", "ablation", "status", "faults", "orchestration", "view", "player"]
+        Literal[
+            "raster",
+            "run",
+            "matte",
+            "avatars",
+            "ablation",
+            "status",
+            "faults",
+            "orchestration",
+            "view",
+            "player",
+            "import",
+        ]
     ] = "raster"
     """What to measure."""
     videos: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """For run, avatars and ablation: the clips; by default the sample clip. For matte: clips beside the composites."""
+    """For run, avatars and ablation: the clips; by default the sample clip. For matte: clips beside the composites. For
+    import: the formats; by default all."""
     preset: Literal["quick", "standard", "best"] = "quick"
     """The budget of a run; not for raster."""
     avatar: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()
@@ -53,6 +68,8 @@ class Bench(Common):
 
     subjects: int = 1000
     """For status and orchestration: how many."""
+    frames: int = 500
+    """For import: of each dataset."""
     kills: int = 50
     """For faults: how many."""
     seed: int = 0
@@ -113,6 +130,15 @@ class Bench(Common):
 
             document = bench_player.bench(self.data, [str(name) for name in self.videos], default_reporter().message)
             return document, bench_player.table(document), 0
+        if self.what == "import":
+            from pipeline import bench_import
+            from pipeline.interchange import FORMATS
+
+            formats = [str(name) for name in self.videos] or list(FORMATS)
+            if unknown := sorted(set(formats) - set(FORMATS)):
+                raise UserError(f"There is no format '{unknown[0]}'.", f"choose from: {', '.join(FORMATS)}")
+            document = bench_import.bench(formats, self.frames, default_reporter().message)
+            return document, bench_import.table(document), 0
         from pipeline import bench_avatars, bench_matte, bench_run
         from pipeline.assets import SAMPLE_CLIP, asset_path, ensure_assets
         from pipeline.config import AVATARS, Config

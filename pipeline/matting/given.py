@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pipeline.dataset import Subject
 from pipeline.errors import UserError
 from pipeline.frames import FrameSet, Window, counted, ranges_text
+from pipeline.interchange.recording import FILE as RECORDING
 from pipeline.source import alpha_paths
 from pipeline.video import Frame, image_files, probe, read_frames
 
@@ -35,7 +36,8 @@ class GivenAlpha:
     @property
     def origin(self) -> str:
         """Where the alphas come from, in words."""
-        return "the video's own alpha channel" if self._alphas is None else "the alphas given with --alpha"
+        own = "the dataset" if (self._frames.folder / RECORDING).is_file() else "the video's own alpha channel"
+        return own if self._alphas is None else "the alphas given with --alpha"
 
     def __call__(self, index: int) -> NDArray[np.uint8]:
         """Alpha [H, W] of decoded frame `index`, 0 background to 255 subject; 0 where the frame is no picture.
