@@ -461,7 +461,7 @@ def test_alphas_that_are_given_are_taken_as_they_are(
     assert {"flicker_px", "partial_alpha_share", "ms_per_frame"} <= set(result.metrics)
     with pytest.raises(Interrupted):
         matte.run(stage_run(own, tmp_path / "work", stop_requested=iter([False, False, True]).__next__))
-    assert len(list((tmp_path / "work" / "alpha").iterdir())) == 2
+    assert len(list((tmp_path / "work" / "alpha").iterdir())) == 4
     _, resumed = matted(own, tmp_path / "work")
     assert all(np.array_equal(a, b) for a, b in zip(resumed, truth, strict=True))
     for index in range(3):
