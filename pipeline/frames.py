@@ -250,11 +250,11 @@ def confidence_file(index: int) -> str:
     return f"confidence/{index:06d}.png"
 
 
-def save_image(path: Path, image: NDArray[np.uint8], quality: int = 95) -> None:
-    """Write an 8-bit image by temporary file and rename, JPEG or PNG by the name's ending.
+def save_image(path: Path, image: NDArray[np.uint8] | NDArray[np.uint16], quality: int = 95) -> None:
+    """Write an image by temporary file and rename, JPEG or PNG by the name's ending.
 
-    Grey is [H, W], RGB [H, W, 3], RGB with straight alpha [H, W, 4] (PNG only). JPEG keeps full colour
-    resolution (4:4:4). Nothing is flushed to disk: a stage does that once, before publication.
+    Grey is [H, W], RGB [H, W, 3], RGB with straight alpha [H, W, 4] (PNG only); 16 bits are for PNG. JPEG keeps full
+    colour resolution (4:4:4). Nothing is flushed to disk: a stage does that once, before publication.
 
     Raises:
         OSError: the file cannot be written.

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.dataset import write_json
 from pipeline.errors import UserError
 from pipeline.interchange.checking import Folder
+from pipeline.interchange.recording import FLAME_VERSIONS
 
 FILE = "headcast.json"
 SCHEMA = 1
@@ -80,3 +81,20 @@ def read_sidecar(folder: Folder) -> Sidecar | None:
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{document.where} cannot be used: {error}.", f"take '{FILE}' away, or mend it") from None
     return sidecar
+
+
+def flame_version(chosen: str | None, sidecar: Sidecar | None) -> str:
+    """The FLAME that a dataset's numbers belong to, as its user or its sidecar says; empty where neither does.
+
+    Raises:
+        UserError: they say different ones, or the sidecar names none that there is.
+    """
+    told = sidecar.flame if sidecar else ""
+    if told and told not in FLAME_VERSIONS:
+        raise UserError(f"'{FILE}' names '{told[:40]}', which is no FLAME.", f"one of {', '.join(FLAME_VERSIONS)}")
+    if told and chosen and chosen != told:
+        raise UserError(
+            f"The dataset's numbers belong to {told}, by its {FILE}, not to {chosen}.",
+            "leave the version out: one's numbers are meaningless in another",
+        )
+    return chosen or told
