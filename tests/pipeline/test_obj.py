@@ -28,7 +28,8 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "# made by trimesh\nmtllib a.mtl\no head\nvn 0 0 1\nvt 0 0\n" + TRIANGLE.replace("f 1 2 3", "f 1/1/1 2/1/1 3/1/1"),
+        "# made by trimesh\nmtllib a.mtl\no head\nvn 0 0 1\nvt 0 0\n"
+        + TRIANGLE.replace("f 1 2 3", "f 1/1/1 2/1/1 3/1/1"),
         "v 0 0 0 0.5 0.5 0.5\nv 1 0 0 0.5 0.5 0.5\nv 0 1 0 0.5 0.5 0.5\nf 1//1 2//1 3//1\n",
         TRIANGLE.replace("\n", "\r\n"),
     ],

@@ -103,9 +103,7 @@ def fateavatar(folder: Path, split: str, flame) -> dict[str, np.ndarray]:
     assert shape.shape == (300,)
     found = {}
     for frame in frames:
-        texts = {
-            name: np.loadtxt(folder / frame["exp_path"].replace("exp", name)) for name in ("exp", "jaw", "eyes")
-        }
+        texts = {name: np.loadtxt(folder / frame["exp_path"].replace("exp", name)) for name in ("exp", "jaw", "eyes")}
         assert texts["exp"].shape == (100,)
         # Left is the last six here, and FLAME's joint 3.
         eyes = np.stack([turn(texts["eyes"][6:]), turn(texts["eyes"][:6])])
