@@ -106,7 +106,20 @@ def load_plain(path: Path) -> Any:
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise _refused(path, f"has {size / 2**20:.0f} MB, more than the {MAX_FILE_BYTES >> 20} MB that are read")
-    return _Reader(path, path.read_bytes()).load()
+    return plain_data(path.read_bytes(), path)
+
+
+def plain_data(pickled: bytes, path: Path) -> Any:
+    """The plain data in a pickle that lies within another file, such as a zip of torch's; see `load_plain`.
+
+    Args:
+        pickled: its bytes, whose number is the caller's to limit.
+        path: the file, for messages.
+
+    Raises:
+        RefusedPickle: as `load_plain`.
+    """
+    return _Reader(path, pickled).load()
 
 
 def _refused(path: Path, why: str) -> RefusedPickle:

@@ -31,6 +31,17 @@ from pipeline.errors import UserError
 from pipeline.frames import save_image
 from pipeline.interchange import DEFAULT_FPS, ReadOptions
 from pipeline.interchange.checking import FIX, Document, Folder, check_pictures, numbers, rising
+from pipeline.interchange.metrical import (
+    EXPRESSIONS,
+    SHAPES,
+    VERSION,
+    TrackedFrame,
+    flame_track,
+    frame_bytes,
+    read_frame,
+    rotvec_from_6d,
+    rotvec_to_6d,
+)
 from pipeline.interchange.recording import FlameTrack, Pictures, Recording
 from pipeline.interchange.sidecar import Sidecar, flame_version, read_sidecar, write_sidecar
 from pipeline.obj import ObjReader, write_obj
@@ -46,9 +57,6 @@ RECTIFY: Literal["", "centred", "square"] = ""
 """INSTA and INSTA-pytorch heed fl_x, fl_y, cx, cy, w and h. FateAvatar does not heed cx and cy: `write` says so."""
 FILE = "transforms.json"
 SPLITS = {name: f"transforms_{name}.json" for name in ("train", "test", "val")}
-VERSION = "flame2020"
-"""The FLAME of metrical-tracker and FateAvatar."""
-SHAPES, EXPRESSIONS = 300, 100
 MAX_TEXT_BYTES = 1 << 20
 SAME = 1e-5
 """How far numbers that stand in two files may differ: one is rounded."""
@@ -285,8 +293,17 @@ def _sibling(exp: str, name: str) -> str:
 def _read_flame(
     files: Folder, frames: Sequence[_Frame], version: str, expression: Floats, notes: list[str]
 ) -> FlameTrack | None:
-    """FLAME's parameters where FateAvatar's files complete them."""
+    """FLAME's parameters where FateAvatar's files, or the tracker's, complete them.
+
+    Raises:
+        UserError: one of them is missing or wrong, or the tracker's has another camera than the frame.
+    """
+    tracked = _read_tracked(files, frames)
     if not any(files.has(_sibling(frames[0].exp, name)) for name in ("shape", "jaw", "eyes")):
+        if tracked:
+            track, found = flame_track(tracked, version)
+            notes.extend(found)
+            return track
         notes.append(
             "FLAME's shape, jaw and eyes are not in the dataset (stock INSTA leaves them out): its meshes are the head."
         )
@@ -318,31 +335,16 @@ def _read_flame(
     )
 
 
-def rotvec_from_6d(rows: Floats, where: str) -> Floats:
-    """Rotation vectors [...,3] of six numbers [...,6], the first two rows of the matrix (Zhou et al. 2019).
-
-    Raises:
-        UserError: the rows are zero or parallel.
-    """
-    from pipeline.geometry import matrix_to_rotvec
-
-    first, second = rows[..., :3], rows[..., 3:]
-    x = first / np.maximum(np.linalg.norm(first, axis=-1, keepdims=True), 1e-300)
-    y = second - (x * second).sum(-1, keepdims=True) * x
-    length = np.linalg.norm(y, axis=-1, keepdims=True)
-    if (length < 1e-6).any() or (np.linalg.norm(first, axis=-1) < 1e-6).any():
-        raise UserError(f"{where} is no rotation: its six numbers are two rows that are zero or parallel.", FIX)
-    y = y / length
-    found: Floats = matrix_to_rotvec(np.stack([x, y, np.cross(x, y)], -2))
-    return found
-
-
-def rotvec_to_6d(rotvecs: Floats) -> Floats:
-    """The first two rows [...,6] of the matrices of rotation vectors [...,3]."""
-    from pipeline.geometry import rotvec_to_matrix
-
-    rows: Floats = rotvec_to_matrix(rotvecs)[..., :2, :].reshape(*rotvecs.shape[:-1], 6)
-    return rows
+def _read_tracked(files: Folder, frames: Sequence[_Frame]) -> list[TrackedFrame]:
+    """The tracker's own file of each frame, where the dataset has them."""
+    names = [f"checkpoint/{PurePosixPath(frame.image).stem}.frame" for frame in frames]
+    if not files.has(names[0]):
+        return []
+    tracked = [read_frame(files, name, frame.where) for name, frame in zip(names, frames, strict=True)]
+    for frame, found in zip(frames, tracked, strict=True):
+        if np.abs(found.T_cam_head @ frame.T_head_cam - np.eye(4)).max() > 10 * SAME:
+            raise UserError(f"{frame.where}: 'transform_matrix' is another camera than that of {found.where}.", FIX)
+    return tracked
 
 
 def _take_others(files: Folder, images: Sequence[str]) -> None:
@@ -399,7 +401,7 @@ def write(
     keep = own and not sidecar.rectified
     digits = max(5, len(str(recording.numbers[-1])))
     names = [f"{number:0{digits}d}" for number in recording.numbers.tolist()]
-    for name in ("images", "matted", "seg_mask", "depth", "meshes", "alpha", *(f"flame/{text}" for text in _TEXTS)):
+    for name in (*_FOLDERS, *(f"flame/{text}" for text in _TEXTS)):
         (folder / name).mkdir(parents=True, exist_ok=True)
 
     parts = _Parts.of(flame)
@@ -408,7 +410,9 @@ def write(
     for row, (vertices, T_cam_mesh) in enumerate(_posed(recording, track, flame)):
         name = names[row]
         write_obj(folder / f"meshes/{name}.obj", vertices, flame.faces, MESH_DIGITS, sync=False)
-        _write_text(folder, name, track, row)
+        tracked = _tracked(recording, track, row, T_cam_mesh)
+        (folder / f"checkpoint/{name}.frame").write_bytes(frame_bytes(tracked, name))
+        _write_text(folder, name, tracked)
         in_camera = transform_points(T_cam_mesh, vertices)
         _write_pictures(folder, name, *pictures(row), parts, in_camera, recording.Ks[row], cut=not own)
         frames.append(
@@ -433,6 +437,7 @@ def write(
     return warnings
 
 
+_FOLDERS = ("images", "matted", "seg_mask", "depth", "meshes", "alpha", "checkpoint")
 _TEXTS = ("exp", "shape", "jaw", "eyes", "eyelids")
 
 
@@ -574,13 +579,28 @@ def _top(recording: Recording) -> dict[str, float]:
     }
 
 
-def _write_text(folder: Path, name: str, track: FlameTrack, row: int) -> None:
+def _tracked(recording: Recording, track: FlameTrack, row: int, T_cam_mesh: Floats) -> TrackedFrame:
+    """A frame as metrical-tracker has it. Coefficients that are not there are zero, which changes no vertex."""
+    return TrackedFrame(
+        where="",
+        size=recording.size,
+        K=recording.Ks[row],
+        T_cam_head=T_cam_mesh,
+        shape=np.pad(track.shape, (0, SHAPES - len(track.shape))),
+        expression=np.pad(track.expression[row], (0, EXPRESSIONS - track.expression.shape[1])),
+        jaw=track.jaw[row],
+        eyes=track.eyes[row],
+        eyelids=np.zeros(2) if track.eyelids is None else track.eyelids[row],
+    )
+
+
+def _write_text(folder: Path, name: str, frame: TrackedFrame) -> None:
     values = {
-        "exp": np.pad(track.expression[row], (0, EXPRESSIONS - track.expression.shape[1])),
-        "shape": np.pad(track.shape, (0, SHAPES - len(track.shape))),
-        "jaw": rotvec_to_6d(track.jaw[row]),
-        "eyes": rotvec_to_6d(track.eyes[row]).ravel(),
-        "eyelids": np.zeros(2) if track.eyelids is None else track.eyelids[row],
+        "exp": frame.expression,
+        "shape": frame.shape,
+        "jaw": rotvec_to_6d(frame.jaw),
+        "eyes": rotvec_to_6d(frame.eyes).ravel(),
+        "eyelids": frame.eyelids,
     }
     for text in _TEXTS:
         lines = [f"{value:.8f}\n" for value in values[text].tolist()]
