@@ -226,7 +226,7 @@ def _read_frame(frame: Document, folder: str) -> _Frame:
         raise frame.wrong(f"'file_path' is '{path[:80]}': its last part is no number")
     if path.count("image") != 1:
         raise frame.wrong(
-            f"'file_path' is '{path[:80]}': the mask has 'mask' for 'image' in it, which must be there once"
+            f"'file_path' is '{path[:80]}', expected 'image' in it once: the mask's path has 'mask' there"
         )
     image = f"{PurePosixPath(folder) / path}.png"
     world_mat = frame.pose("world_mat", rows=3)
@@ -246,7 +246,7 @@ def _flame_version(options: ReadOptions, sidecar: Sidecar | None) -> str:
     told = sidecar.flame if sidecar else ""
     if told and told not in FLAME_VERSIONS:
         raise UserError(
-            f"'headcast.json' names '{told[:40]}', which is no FLAME.", f"one of {', '.join(FLAME_VERSIONS)}"
+            f"'headcast.json' names the FLAME '{told[:40]}', expected one of {', '.join(FLAME_VERSIONS)}.", FIX
         )
     if told and options.flame and options.flame != told:
         raise UserError(
@@ -347,7 +347,7 @@ def write(
         )
         write_sidecar(video, replace(sidecar, numbers=tuple(int(recording.numbers[row]) for row in rows)))
     write_sidecar(folder, sidecar)
-    (folder / "dataset.conf").write_text(_settings(name, side, parts))
+    (folder / "dataset.conf").write_text(_settings(name, recording, parts))
     return warnings
 
 
@@ -384,7 +384,7 @@ def _checked(recording: Recording, flame: Flame | None, folder: Path) -> tuple[F
         )
     if np.abs(recording.Ks - recording.Ks[0]).max() > 1e-9:
         raise UserError(
-            "IMavatar's layout has one camera, this one's focal length or centre moves.", "rectify it first"
+            "IMavatar's layout has one camera for all frames; this one's intrinsics change.", "rectify it first"
         )
     if "image" in str(folder.resolve()):
         raise UserError(
@@ -453,8 +453,11 @@ def _kept(recording: Recording, part: str) -> dict[str, Any]:
     }
 
 
-def _settings(name: str, side: int, parts: Mapping[str, Sequence[int]]) -> str:
+def _settings(name: str, recording: Recording, parts: Mapping[str, Sequence[int]]) -> str:
     """What the loaders' own settings must say, as text of their `.conf` files."""
+    side = recording.size[0]
+    centred = np.abs(recording.Ks[0, :2, 2] - side / 2).max() < 0.5
+    fateavatar = f"root_path = {name}/{name}" if centred else "takes the camera for centred, which it is not: use insta"
     test = f"{name}_{'test' if 'test' in parts else 'train'}"
     return f"""\
 # Settings for IMavatar's and PointAvatar's .conf files; data_folder is the folder that holds this file.
@@ -480,5 +483,5 @@ loss{{
     gt_w_seg = False  # IMavatar: there is no semantic/ here
 }}
 # SplattingAvatar: dat_dir = {name}/{name}/{name}_train with num_for_train = {len(parts["train"])}
-# FateAvatar: root_path = {name}/{name}
+# FateAvatar: {fateavatar}
 """
