@@ -124,7 +124,7 @@ def read(folder: Path, options: ReadOptions) -> Recording:
         alpha="masks",
         masks=tuple(masks),
         basis=basis,
-        coefficient_names=tuple(f"{basis}/{index:03d}" for index in range(EXPRESSIONS)),
+        coefficient_names=_coefficient_names(basis),
         coefficients=expression,
         flame=FlameTrack(
             version=version,
@@ -267,6 +267,10 @@ def _notes(options: ReadOptions, sidecar: Sidecar | None, world_mats: Floats) ->
     return notes
 
 
+def _coefficient_names(basis: str) -> tuple[str, ...]:
+    return tuple(f"{basis}/{index:03d}" for index in range(EXPRESSIONS))
+
+
 def _pixel_matrix(intrinsics: Floats, side: int) -> Floats:
     fx, fy, cx, cy = intrinsics * side
     return np.array([[-fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
@@ -286,7 +290,7 @@ def write(
     Beside image/ and mask/ a video has matted/ (FateAvatar) and images/ (SplattingAvatar), the same RGBA pictures.
 
     Args:
-        recording: its pictures are square, its FLAME has 100 shape and 50 expression coefficients.
+        recording: its pictures are square, its FLAME has at most 100 shape and 50 expression coefficients.
         pictures: of the recording.
         folder: an empty one, or one that is not there yet.
         flame: the one that the recording's numbers belong to.
@@ -309,7 +313,8 @@ def write(
     K = recording.Ks[0]
     intrinsics = [-K[0, 0] / side, K[1, 1] / side, K[0, 2] / side, K[1, 2] / side]
 
-    sidecar = replace(sidecar, basis=recording.basis, names=recording.coefficient_names, flame=flame.name)
+    basis = f"{flame.name}-expression-{EXPRESSIONS}"
+    sidecar = replace(sidecar, basis=basis, names=_coefficient_names(basis), flame=flame.name)
     test = sorted(set(recording.splits.get("test", ())))
     parts = {"train": [row for row in range(len(recording)) if row not in set(test)], "test": test}
     parts = {part: rows for part, rows in parts.items() if rows}
@@ -367,7 +372,7 @@ def _checked(recording: Recording, flame: Flame | None, folder: Path) -> tuple[F
         )
     if track.version != flame.name:
         raise UserError(f"The recording's numbers belong to {track.version}, not to {flame.name}.", "refit them first")
-    if track.shape.shape != (SHAPES,) or track.expression.shape[1] != EXPRESSIONS:
+    if len(track.shape) > SHAPES or track.expression.shape[1] > EXPRESSIONS:
         raise UserError(
             f"IMavatar's layout holds {SHAPES} shape and {EXPRESSIONS} expression coefficients of FLAME, "
             f"not {len(track.shape)} and {track.expression.shape[1]}.",
@@ -399,7 +404,12 @@ def _checked(recording: Recording, flame: Flame | None, folder: Path) -> tuple[F
         )
     if track.eyelids is not None and track.eyelids.any():
         warnings.append("The eyelids' two shapes of metrical-tracker are left out: FLAME has none.")
-    return track, flame, warnings
+    expression = np.pad(track.expression, ((0, 0), (0, EXPRESSIONS - track.expression.shape[1])))
+    return (
+        replace(track, shape=np.pad(track.shape, (0, SHAPES - len(track.shape))), expression=expression),
+        flame,
+        warnings,
+    )
 
 
 def _placed(recording: Recording, track: FlameTrack, flame: Flame) -> tuple[Floats, Floats, Floats]:

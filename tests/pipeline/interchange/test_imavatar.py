@@ -119,6 +119,16 @@ def test_fateavatar_sees_it_too_in_rectified_pictures(tmp_path: Path, flame: Fla
         np.testing.assert_allclose(oracle.fateavatar(data, frame, points), expected, atol=1e-6)
 
 
+def test_fewer_coefficients_are_filled_up(tmp_path: Path, flame: Flame) -> None:
+    before = example()
+    assert before.flame is not None
+    track = replace(before.flame, shape=before.flame.shape[:80], expression=before.flame.expression[:, :20])
+    before = replace(before, flame=track, coefficients=track.expression, coefficient_names=NAMES[:20])
+    write(before, tmp_path, flame)
+    after = imavatar.read(tmp_path, ReadOptions())
+    np.testing.assert_allclose(seen(after, flame), seen(before, flame), atol=1e-8)
+
+
 def test_read_with_options_of_its_own(tmp_path: Path, flame: Flame) -> None:
     write(example(), tmp_path, flame)
     (tmp_path / "headcast.json").unlink()
