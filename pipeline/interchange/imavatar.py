@@ -404,12 +404,9 @@ def _checked(recording: Recording, flame: Flame | None, folder: Path) -> tuple[F
         )
     if track.eyelids is not None and track.eyelids.any():
         warnings.append("The eyelids' two shapes of metrical-tracker are left out: FLAME has none.")
+    shape = np.pad(track.shape, (0, SHAPES - len(track.shape)))
     expression = np.pad(track.expression, ((0, 0), (0, EXPRESSIONS - track.expression.shape[1])))
-    return (
-        replace(track, shape=np.pad(track.shape, (0, SHAPES - len(track.shape))), expression=expression),
-        flame,
-        warnings,
-    )
+    return replace(track, shape=shape, expression=expression), flame, warnings
 
 
 def _placed(recording: Recording, track: FlameTrack, flame: Flame) -> tuple[Floats, Floats, Floats]:
