@@ -35,6 +35,8 @@ MAX_BYTES, MAX_ROWS, MAX_SECONDS = 256 * 2**20, 216_000, 3600.0
 MIN_FPS, MAX_FPS = 1.0, 240.0
 LIVE_LINK_EYES = ("LeftEyePitch", "LeftEyeYaw", "RightEyePitch", "RightEyeYaw")
 """In the order of `EYES`."""
+USABLE = "usable"
+"""The plain layout's column that tells which rows can be relied on."""
 LIVE_LINK_IGNORED = ("BlendShapeCount", "LeftEyeRoll", "RightEyeRoll")
 # What can be a coefficient, a turn or a move at all; farther off, the unit is another.
 LIMITS = {
@@ -60,7 +62,7 @@ class Coefficients:
         names: [N] its columns, each an ARKit expression or one of `EYES`, `TURN`, `MOVE` of `pipeline.retarget`.
         values: [T,N] coefficients within [0, 1], radians, metres; `TURN` is a rotation vector in the head's axes.
         times: [T] seconds from the first row, rising.
-        usable: [T] whether a face was seen; other rows hold zeros.
+        usable: [T] whether a row can be relied on, as a face was seen; other rows hold zeros.
         fps: rows a second.
         sha256: of the file.
         notes: sentences on what was taken for granted.
@@ -199,9 +201,9 @@ def _is_number(text: str) -> bool:
 
 
 def _plain_columns(table: _Table) -> list[str | None]:
-    """What each column is called here; None for the time and MediaPipe's `_neutral`."""
+    """What each column is called here; None for the time, `usable` and MediaPipe's `_neutral`."""
     known = {name.lower(): name for name in (*EXPRESSIONS, *EYES, *TURN, *MOVE)}
-    return _named(table, known, ("time", "_neutral"))
+    return _named(table, known, ("time", USABLE, "_neutral"))
 
 
 def _live_link_columns(table: _Table) -> list[str | None]:
@@ -222,13 +224,23 @@ def _named(table: _Table, known: dict[str, str], ignored: Sequence[str]) -> list
 
 
 def _cells(table: _Table, recorded: bool) -> tuple[list[list[str]], NDArray[np.bool_]]:
-    """The rows' cells, one for each column, and which rows [T] show a face: the app leaves others empty."""
-    counts = [place for place, name in enumerate(table.header) if name.lower() == "blendshapecount"]
+    """The rows' cells, one for each column, and which rows [T] show a face: the app leaves others empty.
+
+    In the plain layout the column `usable`, where there is one, says so by 1 and 0.
+    """
+    tell = "blendshapecount" if recorded else USABLE
+    counts = [place for place, name in enumerate(table.header) if name.lower() == tell]
     rows, seen = [], np.ones(len(table.rows), bool)
     for number, row in enumerate(table.rows):
-        if recorded and counts and len(row) > counts[0] and table.number(row[counts[0]]) == 0:
+        told = table.number(row[counts[0]]) if counts and len(row) > counts[0] else 1
+        if not recorded and told not in (0, 1):
+            raise UserError(
+                f"{table.place(number, table.header[counts[0]])}: '{row[counts[0]]}' is neither 0 nor 1.",
+                "1 where the row can be relied on, else 0; or remove the column",
+            )
+        if told == 0:
             seen[number] = False
-        elif len(row) < len(table.header) or any(row[len(table.header) :]):
+        if (told != 0 or not recorded) and (len(row) < len(table.header) or any(row[len(table.header) :])):
             raise UserError(
                 f"'{table.path}', line {table.lines[number]}, has {len(row)} cells, its header {len(table.header)}.",
                 "it may be cut off: export it again",

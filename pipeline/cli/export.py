@@ -42,12 +42,16 @@ class Export(Common):
     rerun: frames, landmarks, alpha, head, Gaussians and curves as a recording for the rerun viewer.
     Example: headcast export ada --to rerun --set every=2 --set splats=10
 
+    csv: what the subject does as a table of coefficients, gaze and head pose, or as Live Link Face records it; a fit is
+    enough.
+    Example: headcast export ada --to csv --set layout=livelink
+
     web: a page that plays and drives the avatar in any browser, by webcam too; a folder, and the same in one file.
     Example: headcast export ada --to web --set webcam=false
     """
 
     subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUBJECT")] = tyro.MISSING
-    """Whose avatar; trained."""
+    """Whose avatar; trained (for csv, fitted)."""
     to: Annotated[str, tyro.conf.arg(metavar="TARGET")] = tyro.MISSING
     """What to write; see above."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None

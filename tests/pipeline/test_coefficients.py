@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live_link import write_live_link
 
 from pipeline.coefficients import Coefficients, read_coefficients
 from pipeline.errors import UserError
+from pipeline.exports.csv_table import write_live_link
 from pipeline.heads import EXPRESSIONS
 from pipeline.retarget import EYES, TURN, Performance
 
@@ -194,3 +194,11 @@ def test_files_that_are_no_text_or_too_long_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr("pipeline.coefficients.MAX_BYTES", 10)
     with pytest.raises(UserError, match="are read at most"):
         read_coefficients(tmp_path / "t.csv")
+
+
+def test_rows_that_are_told_to_be_unusable_are_not_read(tmp_path: Path) -> None:
+    path = text_file(tmp_path / "a.csv", "time,usable,jawOpen\n0,1,0.5\n0.1,0,nan\n0.2,1,0.25\n")
+    table = read_coefficients(path)
+    assert table.usable.tolist() == [True, False, True] and table.values[:, 0].tolist() == [0.5, 0, 0.25]
+    with pytest.raises(UserError, match=r"line 3, column 'usable': 'no' is neither 0 nor 1"):
+        read_coefficients(text_file(tmp_path / "b.csv", "time,usable,jawOpen\n0,1,0.5\n0.1,no,0.5\n"))
