@@ -101,7 +101,6 @@ def read(folder: Path, options: ReadOptions) -> Recording:
     frames = [_read_frame(document) for document in top.items("frames")]
     frames = [frames[at] for at in rising([frame.number for frame in frames], f"'{FILE}'")]
     notes = _notes(options, sidecar)
-    splits, extra = _read_splits(files, top, frames, notes)
 
     where = [frame.where for frame in frames]
     images = [frame.image for frame in frames]
@@ -118,6 +117,7 @@ def read(folder: Path, options: ReadOptions) -> Recording:
                 f"{place}: 'transform_matrix' puts the mesh behind the camera, at z = {depth:g}.",
                 "INSTA's cameras look along +z, with y down; see which tool wrote the file",
             )
+    splits, extra = _read_splits(files, top, frames, notes)
     _take_others(files, images)
 
     expression = np.stack([_read_text(files, frame.exp, (EXPRESSIONS,), frame.where) for frame in frames])
@@ -261,8 +261,8 @@ def _read_meshes(
             first = vertices, faces
         elif len(vertices) != len(first[0]) or not (faces is first[1] or np.array_equal(faces, first[1])):
             raise UserError(
-                f"{place + ': ' if place else ''}'{name}' has {len(vertices)} vertices and {len(faces)} faces in "
-                f"another way than '{names[0]}' with {len(first[0])} and {len(first[1])}.",
+                f"{place + ': ' if place else ''}'{name}' has {len(vertices)} vertices and {len(faces)} faces, another "
+                f"mesh than '{names[0]}' with {len(first[0])} and {len(first[1])}.",
                 "all meshes of a dataset are the same mesh, moved",
             )
         yield vertices, faces
