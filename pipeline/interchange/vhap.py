@@ -1,10 +1,10 @@
 """VHAP's export, which GaussianAvatars and LAM read: `transforms.json` with a FLAME file a frame.
 
-Facts from ShenhanQian/VHAP `vhap/export_as_nerf_dataset.py` and ShenhanQian/GaussianAvatars `scene/dataset_readers.py`,
-`scene/flame_gaussian_model.py`: cameras are camera-to-world with OpenGL's axes; the head moves in FLAME's rotation and
-translation before a camera that stands still; GaussianAvatars knows `camera_angle_x` only, so the principal point is
-the middle and fy is fx. VHAP counts `cy` from the bottom for calibrated cameras and LAM from the top: only a centred
-one means the same to all.
+Facts from ShenhanQian/VHAP `vhap/export_as_nerf_dataset.py`, `vhap/util/camera.py`, ShenhanQian/GaussianAvatars
+`scene/dataset_readers.py`, `scene/flame_gaussian_model.py` and aigc3d/LAM `lam/runners/infer/head_utils.py`: cameras
+are camera-to-world with OpenGL's axes; the head moves in FLAME's rotation and translation before a camera that stands
+still; GaussianAvatars knows `camera_angle_x` only, so the principal point is the middle and fy is fx. VHAP counts `cy`
+from the bottom for calibrated cameras and LAM from the top: only a centred one means the same to all.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ CENTRED_PX = 0.01
 GL = np.diag([1.0, -1.0, -1.0, 1.0])
 POSES = {"translation": 3, "rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6}
 SPLITS = ("train", "val", "test")
+STILL = 1e-6
+"""A camera that moves less (metres, radians) stands still: what single precision loses of the head moves it so."""
 
 
 def detect(folder: Path) -> bool:
@@ -69,18 +71,26 @@ def read(folder: Path, options: ReadOptions) -> Recording:
         UserError: the first thing that is wrong, with its file, frame and key.
     """
     files = Folder(folder)
+    if not files.has("transforms.json") and any(folder.glob("tracked_flame_params*.npz")):
+        raise UserError(
+            f"'{folder}' holds what VHAP's tracker leaves; its export is read, which has the pictures with it.",
+            f"run VHAP's: python vhap/export_as_nerf_dataset.py --src_folder {folder} --tgt_folder FOLDER",
+        )
     document = files.json("transforms.json")
     sidecar = read_sidecar(files)
     version = _flame_version(options, sidecar)
     for name in ("timestep_indices", "camera_indices"):
         document.take(name, (None,))
     found = [_read_frame(frame, document) for frame in document.items("frames")]
-    frames = [found[at] for at in rising([each.number for each in found], document.where)]
-    cameras = sorted({each.camera for each in frames})
+    cameras = sorted({each.camera for each in found})
     if len(cameras) > 1:
-        raise document.wrong(
-            f"has {len(cameras)} cameras (camera_index {cameras[0]}, {cameras[1]} ...), sequences of one are read"
+        raise UserError(
+            f"{document.where} has {len(cameras)} cameras (camera_index {cameras[0]}, {cameras[1]} ...); a sequence of "
+            "one is read.",
+            "keep the frames of one camera in it, and in its split files",
         )
+    frames = [found[at] for at in rising([each.number for each in found], document.where)]
+    rising([each.timestep for each in frames], f"{document.where}, timestep_index")
     first = frames[0]
     for each in frames:
         if each.size != first.size:
@@ -96,7 +106,7 @@ def read(folder: Path, options: ReadOptions) -> Recording:
         lacking = next(each.where for each in frames if not each.mask)
         raise UserError(f"{lacking}: 'fg_mask_path' is missing, other frames have one.", FIX)
     check_pictures(files, masks, first.size, where[: len(masks)], "mask")
-    track, notes, kept = _read_flame(files, frames, version)
+    track, notes = _read_flame(files, frames, version)
     if files.has("canonical_flame_param.npz"):
         files.npz("canonical_flame_param.npz")
     else:
@@ -128,7 +138,7 @@ def read(folder: Path, options: ReadOptions) -> Recording:
         flame=track,
         splits=splits,
         files=tuple(files.used),
-        extra=({"transforms.json": extra} if extra else {}) | kept,
+        extra={"transforms.json": extra} if extra else {},
         frame_extra=tuple(each.extra for each in frames) if any(each.extra for each in frames) else (),
         notes=tuple(notes),
     )
@@ -192,11 +202,10 @@ def _camera(camera: Document) -> tuple[tuple[int, int], Floats]:
     return size, np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
 
 
-def _read_flame(files: Folder, frames: list[_Frame], version: str) -> tuple[FlameTrack, list[str], dict[str, Any]]:
-    """FLAME's parameters of all frames, notes, and unknown arrays by file."""
+def _read_flame(files: Folder, frames: list[_Frame], version: str) -> tuple[FlameTrack, list[str]]:
+    """FLAME's parameters of all frames, and notes; unknown arrays are kept with their frame."""
     poses: dict[str, list[Floats]] = {name: [] for name in POSES}
-    expressions, shapes, kept, dynamic = [], [], {}, False
-    static: Floats | None = None
+    expressions, shapes, offsets, dynamic = [], [], [], False
     for each in frames:
         arrays = files.npz(each.flame, each.where)
         for name, size in POSES.items():
@@ -205,19 +214,15 @@ def _read_flame(files: Folder, frames: list[_Frame], version: str) -> tuple[Flam
         shape = arrays.raw("shape")
         flat = np.ndim(shape) == 2 and np.shape(shape)[0] == 1
         shapes.append(numbers(shape[0] if flat else shape, (SHAPES,), f"{arrays.where}: 'shape'"))
-        if "static_offset" in arrays:
-            offset = _offset(arrays, "static_offset")
-            if static is not None and not np.array_equal(static, offset):
-                raise arrays.wrong("'static_offset' differs from the first frame's; it is one of all frames")
-            static = offset
+        offsets.append(_offset(arrays, "static_offset") if "static_offset" in arrays else None)
+        for name, value in (("shape", shapes), ("static_offset", offsets)):
+            if not _same(value[0], value[-1]):
+                raise arrays.wrong(f"'{name}' differs from that of '{frames[0].flame}'; a head has one")
+        offsets = [offsets[0]]
         if "dynamic_offset" in arrays:
             dynamic |= bool(_offset(arrays, "dynamic_offset").any())
-        rest = {key: np.asarray(value).tolist() for key, value in arrays.rest().items()}
-        if rest:
-            kept[each.flame] = rest
-    for each, shape in zip(frames, shapes, strict=True):
-        if not np.array_equal(shape, shapes[0]):
-            raise UserError(f"'{each.flame}': 'shape' differs from that of '{frames[0].flame}'; a head has one.", FIX)
+        if rest := {key: np.asarray(value).tolist() for key, value in arrays.rest().items()}:
+            each.extra["flame_param_path"] = rest
     notes = ["Dynamic offsets of the vertices are left out: they are VHAP's of one frame."] if dynamic else []
     track = FlameTrack(
         version=version,
@@ -228,9 +233,13 @@ def _read_flame(files: Folder, frames: list[_Frame], version: str) -> tuple[Flam
         neck=np.stack(poses["neck_pose"]),
         jaw=np.stack(poses["jaw_pose"]),
         eyes=np.stack(poses["eyes_pose"]).reshape(-1, 2, 3),
-        static_offset=static,
+        static_offset=offsets[0],
     )
-    return track, notes, kept
+    return track, notes
+
+
+def _same(one: Floats | None, other: Floats | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def _offset(arrays: Document, key: str) -> Floats:
@@ -246,8 +255,10 @@ def _offset(arrays: Document, key: str) -> Floats:
 
 
 def _read_splits(files: Folder, rows: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
-    """Rows of each split, by time step."""
-    splits = {}
+    """Rows of each split, by time step; none where there are no split files, as LAM's sets have none."""
+    splits: dict[str, tuple[int, ...]] = {}
+    if not any(files.has(f"transforms_{name}.json") for name in SPLITS):
+        return splits
     for name in SPLITS:
         document = files.json(f"transforms_{name}.json")
         listed = document.raw("frames")
@@ -310,7 +321,7 @@ def write(
     for part in ("images", "fg_masks", "flame_param"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     cameras, rotation, translation = _placed(recording, track, flame)
-    keep = recording.format == "vhap"
+    keep = recording.format == "vhap" and not sidecar.rectified
     count, (width, height) = len(recording), recording.size
     focal = float(recording.Ks[0, 0, 0])
     camera = {
@@ -336,6 +347,7 @@ def write(
         save_image(folder / mask, alpha)
         parameters = f"flame_param/{row:05d}.npz"
         extra = dict(recording.frame_extra[row]) if keep and recording.frame_extra else {}
+        kept = {key: np.asarray(value) for key, value in extra.pop("flame_param_path", {}).items()}
         arrays: dict[str, Any] = {
             **fixed,
             "translation": translation[row : row + 1],
@@ -347,7 +359,7 @@ def write(
             "dynamic_offset": np.zeros_like(static),
         }
         arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
-        np.savez(folder / parameters, **arrays, **(_kept_arrays(recording, row) if keep else {}))
+        np.savez(folder / parameters, **(kept | arrays))  # type: ignore[arg-type]
         number = int(recording.numbers[row])
         frames.append(
             {
@@ -366,7 +378,14 @@ def write(
         )
         on_frame()
     _write_canonical(folder / "canonical_flame_param.npz", fixed)
-    _write_lists(folder, frames, camera, recording, dict(recording.extra.get("transforms.json", {})) if keep else {})
+    given = set(recording.splits.get("train", ()))
+    if given and 0 not in given:
+        warnings.append(
+            f"Frame {recording.numbers[0]}, the first, is for training here: GaussianAvatars takes the head's shape "
+            "from there."
+        )
+    train = given | {0} if given else set(range(math.ceil(TRAIN_SHARE * count)))
+    _write_lists(folder, frames, camera, train, recording.extra.get("transforms.json", {}) if keep else {})
     basis = f"{flame.name}-expression-{EXPRESSIONS}"
     names = tuple(f"{basis}/{index:03d}" for index in range(EXPRESSIONS))
     told = tuple(int(number) for number in recording.numbers)
@@ -412,50 +431,36 @@ def _checked(recording: Recording, flame: Flame | None) -> tuple[FlameTrack, Fla
 def _placed(recording: Recording, track: FlameTrack, flame: Flame) -> tuple[Floats, Floats, Floats]:
     """Cameras to world [T,4,4] (OpenGL), rotation [T,3] and translation [T,3] as float32 holds them.
 
-    A camera that stands still before a head that moves stays so. What single precision loses of the head's pose goes
-    into the camera, which has double: the picture stays the same to 1e-6 of a pixel.
+    The camera stands upright and the head takes all motion, with its mean translation for the world's origin, as VHAP
+    exports one camera (LAM's meshes are right for upright ones only); a VHAP camera that stands still stays as it is.
+    What single precision loses of the head's pose goes into the camera, which has double.
     """
     import torch
 
     from pipeline.geometry import invert_rigid, make_rigid, matrix_to_rotvec, rotvec_to_matrix
 
-    offset = None
-    if track.static_offset is not None:
-        offset = torch.from_numpy(np.ascontiguousarray(track.static_offset[:VERTICES]))
+    rotation, translation = track.rotation, track.translation
+    still = np.abs(recording.Ts_cam_world - recording.Ts_cam_world[0]).max() < STILL
+    stays = recording.format == "vhap" and still
+    if stays and all(np.array_equal(value.astype(np.float32), value) for value in (rotation, translation)):
+        return invert_rigid(recording.Ts_cam_world) @ GL, rotation, translation
+    offset = None if track.static_offset is None else torch.from_numpy(track.static_offset[:VERTICES].copy())
     root = flame.joints(torch.from_numpy(track.shape), torch.from_numpy(track.expression), offset)[:, 0].numpy()
     Ts_cam_head = recording.Ts_cam_head(root)
-    rotation, translation = track.rotation, track.translation
-    if np.abs(recording.Ts_cam_world - recording.Ts_cam_world[0]).max() > 1e-9:
-        # The head's motion lies in the camera: give it back to the head, before the camera that VHAP takes.
-        Ts_world_head = _at_one_metre() @ GL @ Ts_cam_head
+    if not stays:
+        Ts_world_head = GL @ Ts_cam_head
         rotations = np.ascontiguousarray(Ts_world_head[:, :3, :3])
         rotation = matrix_to_rotvec(rotations)
         translation = Ts_world_head[:, :3, 3] - root + np.einsum("tij,tj->ti", rotations, root)
+        translation = translation - translation.mean(0)
     rotation, translation = (value.astype(np.float32).astype(np.float64) for value in (rotation, translation))
     held = rotvec_to_matrix(rotation)
     as_read = make_rigid(held, root - np.einsum("tij,tj->ti", held, root) + translation)
-    Ts_cam_world = Ts_cam_head @ invert_rigid(as_read)
-    return invert_rigid(Ts_cam_world) @ GL, rotation, translation
-
-
-def _at_one_metre() -> Floats:
-    """The camera to world that VHAP gives a single camera (OpenGL)."""
-    place = np.eye(4)
-    place[2, 3] = 1.0
-    return place
+    return invert_rigid(Ts_cam_head @ invert_rigid(as_read)) @ GL, rotation, translation
 
 
 def _padded(values: Floats, size: int) -> NDArray[np.float32]:
     return np.pad(values, (0, size - len(values))).astype(np.float32)
-
-
-def _kept_arrays(recording: Recording, row: int) -> dict[str, Any]:
-    """Unknown arrays of the FLAME file that this frame was read from."""
-    kept: dict[str, Any] = {}
-    for name, arrays in recording.extra.items():
-        if name.endswith(".npz") and Path(name).stem == f"{row:05d}":
-            kept |= {key: np.asarray(value) for key, value in arrays.items()}
-    return kept
 
 
 def _write_canonical(path: Path, fixed: Mapping[str, NDArray[np.float32]]) -> None:
@@ -469,13 +474,11 @@ def _write_lists(
     folder: Path,
     frames: list[dict[str, Any]],
     camera: Mapping[str, Any],
-    recording: Recording,
+    train: set[int],
     extra: Mapping[str, Any],
 ) -> None:
-    """`transforms.json`, its splits and its backups.
-
-    The first 70 % of the time are for training, so that time step 0 is among them: GaussianAvatars takes the head's
-    shape from there. The validation set of one camera is empty, and its file must be there.
+    """`transforms.json`, its splits and its backups. The validation set of one camera is empty, and its file must be
+    there.
     """
     steps = list(range(len(frames)))
     whole = {"frames": frames, **camera, "timestep_indices": steps, "camera_indices": [0], **extra}
@@ -483,9 +486,6 @@ def _write_lists(
     write_json(folder / "transforms_backup_flame.json", whole)
     plain = [{key: value for key, value in frame.items() if key != "flame_param_path"} for frame in frames]
     write_json(folder / "transforms_backup.json", {**whole, "frames": plain})
-    train = set(recording.splits.get("train", ()))
-    if 0 not in train:
-        train = set(steps[: math.ceil(TRAIN_SHARE * len(steps))])
     chosen = {"train": [s for s in steps if s in train], "val": [], "test": [s for s in steps if s not in train]}
     for name, rows in chosen.items():
         times = chosen["train"] if name == "val" else rows
