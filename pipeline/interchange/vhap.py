@@ -359,7 +359,7 @@ def write(
             "dynamic_offset": np.zeros_like(static),
         }
         arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
-        np.savez(folder / parameters, **(kept | arrays))  # type: ignore[arg-type]
+        np.savez(folder / parameters, **(kept | arrays))
         number = int(recording.numbers[row])
         frames.append(
             {
