@@ -132,8 +132,16 @@ class Document:
         return [Document(item, f"{self.where}, {key}[{index}]") for index, item in enumerate(value)]
 
     def rest(self) -> dict[str, Any]:
-        """The keys that nobody asked for, as they stand."""
-        return {key: value for key, value in self.values.items() if key not in self._taken}
+        """The keys that nobody asked for, as they stand.
+
+        Raises:
+            UserError: one holds a NaN or an infinity, which JSON has not: they could not be written back.
+        """
+        found = {key: value for key, value in self.values.items() if key not in self._taken}
+        for key, value in found.items():
+            if _holds_no_number(value):
+                raise self.wrong(f"'{key}' holds values that are no numbers (NaN or infinite)")
+        return found
 
 
 class Folder:
@@ -296,6 +304,12 @@ def rising(values: Sequence[int], where: str) -> Iterator[int]:
         if values[before] == values[after]:
             raise UserError(f"{where}: frame {values[after]} comes twice.", FIX)
     return iter(order)
+
+
+def _holds_no_number(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_no_number, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _shape(shape: Sequence[int | None]) -> str:

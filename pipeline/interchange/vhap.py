@@ -44,6 +44,8 @@ CENTRED_PX = 0.01
 GL = np.diag([1.0, -1.0, -1.0, 1.0])
 POSES = {"translation": 3, "rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6}
 SPLITS = ("train", "val", "test")
+MAX_KEPT = 1000
+"""Of an unknown array's values; a mesh a frame would make a recording of hundreds of megabytes."""
 STILL = 1e-6
 """A camera that moves less (metres, radians) stands still: what single precision loses of the head moves it so."""
 
@@ -167,11 +169,11 @@ def _read_frame(frame: Document, document: Document) -> _Frame:
     return _Frame(frame, shared)
 
 
-def _name(frame: Document, key: str) -> str:
+def _name(frame: Document, key: str) -> str | int:
     value = frame.raw(key)
     if not isinstance(value, str | int):
-        raise frame.wrong(f"'{key}' is neither a text nor a number")
-    return str(value)
+        raise frame.wrong(f"'{key}' is neither a text nor a whole number")
+    return value
 
 
 def _png(path: str) -> str:
@@ -205,7 +207,9 @@ def _camera(camera: Document) -> tuple[tuple[int, int], Floats]:
 def _read_flame(files: Folder, frames: list[_Frame], version: str) -> tuple[FlameTrack, list[str]]:
     """FLAME's parameters of all frames, and notes; unknown arrays are kept with their frame."""
     poses: dict[str, list[Floats]] = {name: [] for name in POSES}
-    expressions, shapes, offsets, dynamic = [], [], [], False
+    expressions = []
+    head: dict[str, Floats | None] = {}
+    left_out: set[str] = set()
     for each in frames:
         arrays = files.npz(each.flame, each.where)
         for name, size in POSES.items():
@@ -213,29 +217,43 @@ def _read_flame(files: Folder, frames: list[_Frame], version: str) -> tuple[Flam
         expressions.append(arrays.take("expr", (1, EXPRESSIONS))[0])
         shape = arrays.raw("shape")
         flat = np.ndim(shape) == 2 and np.shape(shape)[0] == 1
-        shapes.append(numbers(shape[0] if flat else shape, (SHAPES,), f"{arrays.where}: 'shape'"))
-        offsets.append(_offset(arrays, "static_offset") if "static_offset" in arrays else None)
-        for name, value in (("shape", shapes), ("static_offset", offsets)):
-            if not _same(value[0], value[-1]):
+        own = {
+            "shape": numbers(shape[0] if flat else shape, (SHAPES,), f"{arrays.where}: 'shape'"),
+            "static_offset": _offset(arrays, "static_offset") if "static_offset" in arrays else None,
+        }
+        head = head or own
+        for name, value in own.items():
+            if not _same(value, head[name]):
                 raise arrays.wrong(f"'{name}' differs from that of '{frames[0].flame}'; a head has one")
-        offsets = [offsets[0]]
-        if "dynamic_offset" in arrays:
-            dynamic |= bool(_offset(arrays, "dynamic_offset").any())
-        if rest := {key: np.asarray(value).tolist() for key, value in arrays.rest().items()}:
-            each.extra["flame_param_path"] = rest
-    notes = ["Dynamic offsets of the vertices are left out: they are VHAP's of one frame."] if dynamic else []
+        if "dynamic_offset" in arrays and _offset(arrays, "dynamic_offset").any():
+            left_out.add("dynamic_offset")
+        unknown = arrays.rest()
+        kept = {key: value.tolist() for key, value in unknown.items() if _can_be_kept(value)}
+        left_out |= unknown.keys() - kept.keys()
+        if kept:
+            each.extra["flame_param_path"] = kept
+    notes = []
+    if left_out:
+        notes.append(f"Not taken from the FLAME files: {', '.join(sorted(left_out))}.")
+    assert head["shape"] is not None
     track = FlameTrack(
         version=version,
-        shape=shapes[0],
+        shape=head["shape"],
         expression=np.stack(expressions),
         rotation=np.stack(poses["rotation"]),
         translation=np.stack(poses["translation"]),
         neck=np.stack(poses["neck_pose"]),
         jaw=np.stack(poses["jaw_pose"]),
         eyes=np.stack(poses["eyes_pose"]).reshape(-1, 2, 3),
-        static_offset=offsets[0],
+        static_offset=head["static_offset"],
     )
     return track, notes
+
+
+def _can_be_kept(value: NDArray[Any]) -> bool:
+    """Whether an unknown array is a little one, of texts or of finite numbers."""
+    plain = value.dtype.kind in "iubU" or (value.dtype.kind == "f" and bool(np.isfinite(value).all()))
+    return plain and value.size <= MAX_KEPT
 
 
 def _same(one: Floats | None, other: Floats | None) -> bool:
