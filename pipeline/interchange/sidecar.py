@@ -35,6 +35,8 @@ class Sidecar:
         residual_mm: how far FLAME's vertices stay from the fitted head: {"median": ..., "p95": ...}; None where it is
             FLAME that was fitted.
         rectified: {"K": of the pictures before, "to": of those written, "size": [w,h] before}; empty where nothing was.
+        scale: the dataset's lengths in a metre. origin: where its world's origin lies in the head frame, metres.
+        left_out: coefficients that were not written -> their deviation in the clip.
     """
 
     format: str
@@ -47,6 +49,9 @@ class Sidecar:
     flame: str = ""
     residual_mm: dict[str, float] | None = None
     rectified: dict[str, Any] = field(default_factory=dict)
+    scale: float = 1.0
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    left_out: dict[str, float] = field(default_factory=dict)
 
 
 def write_sidecar(folder: Path, sidecar: Sidecar) -> None:
@@ -75,6 +80,8 @@ def read_sidecar(folder: Folder) -> Sidecar | None:
             names=tuple(str(name) for name in document.values.get("names", ())),
             about=str(document.values.get("about", "")),
             flame=str(document.values.get("flame", "")),
+            scale=document.number("scale", 1e-6, 1e6) if "scale" in document else 1.0,
+            origin=tuple(document.take("origin", (3,)).tolist()) if "origin" in document else (0.0, 0.0, 0.0),
         )
         if not 0 < Fraction(sidecar.fps) <= 1000:
             raise ValueError(f"fps is {sidecar.fps[:40]}")
