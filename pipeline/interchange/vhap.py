@@ -87,8 +87,8 @@ def read(folder: Path, options: ReadOptions) -> Recording:
     cameras = sorted({each.camera for each in found})
     if len(cameras) > 1:
         raise UserError(
-            f"{document.where} has {len(cameras)} cameras (camera_index {cameras[0]}, {cameras[1]} ...); a sequence of "
-            "one is read.",
+            f"{document.where} has {len(cameras)} cameras, such as camera_index {cameras[0]} and {cameras[1]}; a "
+            "sequence of one is read.",
             "keep the frames of one camera in it, and in its split files",
         )
     frames = [found[at] for at in rising([each.number for each in found], document.where)]
@@ -197,9 +197,10 @@ def _camera(camera: Document) -> tuple[tuple[int, int], Floats]:
     middle = size[0] / 2, size[1] / 2
     cx, cy = (camera.number(key) if key in camera else middle[axis] for axis, key in enumerate(("cx", "cy")))
     if abs(cy - middle[1]) > CENTRED_PX:
-        raise camera.wrong(
-            f"'cy' is {cy:g}, the middle is {middle[1]:g}: VHAP counts it from the bottom for calibrated cameras and "
-            "LAM from the top, so it is not known what is meant"
+        raise UserError(
+            f"{camera.where}: 'cy' is {cy:g}, the middle is {middle[1]:g}: VHAP counts it from the bottom for "
+            "calibrated cameras and LAM from the top, so it is not known what is meant.",
+            "rectify the pictures, so that the principal point is in their middle",
         )
     return size, np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
 
