@@ -234,8 +234,8 @@ def _clip_names(frames: FrameSet) -> list[str]:
     return [names[clip] if clip < len(names) else "" for clip in frames.clips[first_frames(frames)]]
 
 
-def draw(run: StageRun, fitted: Fitted) -> None:
-    """Write the pictures a person judges the fit by."""
+def draw(run: StageRun, fitted: Fitted, video_frames: int = VIDEO_FRAMES) -> None:
+    """Write the pictures a person judges the fit by; the video has at most so many frames."""
     from concurrent.futures import ThreadPoolExecutor
 
     import cv2
@@ -286,7 +286,7 @@ def draw(run: StageRun, fitted: Fitted) -> None:
     sheet = contact_sheet(pictures, [label(i) for i in shown], width=pictures[0].shape[1])
     save_image(run.work / "overlay.jpg", sheet, 90)
 
-    in_video = evenly(T, VIDEO_FRAMES)
+    in_video = evenly(T, video_frames)
     seconds = float(frames.times[-1] - frames.times[0]) + 1 / float(frames.fps)
     with run.reporter.task("draw", len(in_video), "frames") as task:
 

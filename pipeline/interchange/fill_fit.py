@@ -23,6 +23,9 @@ from pipeline.skull import Skull
 from pipeline.stage import Level, Result, StageRun, Verdict
 from pipeline.torso import Torso
 
+VIDEO_FRAMES = 100
+"""Enough to see whether the head stays on the face: most of the time that a fit here takes goes into its pictures."""
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -74,7 +77,7 @@ def fill(run: StageRun) -> Result:
     write_fit(run, fitted, crops)
     shutil.copyfile(run.input("track", HEAD_FILE), run.work / HEAD_FILE)
     seconds["files"] = time.monotonic() - started - sum(seconds.values())
-    draw(run, fitted)
+    draw(run, fitted, VIDEO_FRAMES)
     seconds["pictures"] = time.monotonic() - started - sum(seconds.values())
     return _result(fitted, recording.format, str(motion["about"]), crops, seconds)
 
