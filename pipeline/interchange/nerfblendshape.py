@@ -107,7 +107,7 @@ def read(folder: Path, options: ReadOptions) -> Recording:
                 "take 'headcast.json' away if the dataset was changed since",
             )
         cameras[:, :3, 3] = cameras[:, :3, 3] / sidecar.scale + np.array(sidecar.origin)
-    Ts_cam_world: Floats = np.linalg.inv(cameras)
+    Ts_cam_world = np.linalg.inv(cameras).astype(np.float64)
     for frame, depth in zip(frames, Ts_cam_world[:, 2, 3], strict=True):
         if depth <= 0:
             raise UserError(
