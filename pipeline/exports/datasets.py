@@ -55,9 +55,13 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
     licence = check_flame_licence(export, wanted.flame) if export.target == "insta" else ""
     clip = number(export, "clip", 0, 0, 9999) if "clip" in export.options else None
     layout = importlib.import_module(FORMATS[export.target].module)
-    more = {"coefficients": number(export, "coefficients", 46, 0, 9999)} if export.target == "nerfblendshape" else {}
+    more: dict[str, Any] = {}
+    if export.target == "nerfblendshape":
+        more["coefficients"] = number(export, "coefficients", 46, 0, 9999)
 
     found = outgoing(export.subject, wanted, clip=clip, report=export.reporter.message, on_round=_stoppable(export))
+    if found.landmarks is not None:
+        more["landmarks"] = found.landmarks
     recording, pictures, warped = rectified(found.recording, found.pictures, layout.RECTIFY)
     sidecar = Sidecar(
         format=export.target,

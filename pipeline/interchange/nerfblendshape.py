@@ -256,8 +256,8 @@ def write(
         sidecar: what lies beside; basis, names, scale, origin and what was left out are set here.
         on_frame: called once for each frame.
         coefficients: how many are written, those that vary most in the clip; 0 writes all.
-        landmarks: [T,478,3] MediaPipe's points in the head frame, for the `.lms` files without which
-            NeRFBlendShape does not train.
+        landmarks: [T,478,3] MediaPipe's points in the camera's coordinates, for the middle of the face and for the
+            `.lms` files without which NeRFBlendShape does not train.
 
     Returns:
         Warnings, one sentence each.
@@ -299,7 +299,7 @@ def write(
         )
         on_frame()
     if landmarks is not None:
-        seen = project_points(transform_points(recording.Ts_cam_world, landmarks), recording.Ks)
+        seen = project_points(landmarks, recording.Ks)
         for number, points in zip(recording.numbers, seen, strict=True):
             np.savetxt(folder / "ori_imgs" / f"{number}.lms", points - PIXEL_CENTRE, fmt="%.3f")
     width, height = recording.size
@@ -342,7 +342,7 @@ def _head_in_camera(recording: Recording, flame: Flame | None) -> Recording:
     import torch
 
     track = recording.flame
-    if track is None or not (track.rotation.any() or track.translation.any() or track.neck.any()):
+    if track is None or not track.moves_head:
         return recording
     if flame is None or flame.name != track.version:
         raise UserError(
@@ -393,7 +393,8 @@ def _placement(recording: Recording, landmarks: Floats | None) -> tuple[float, F
     """Scale from metres, and where in the head frame the origin of the dataset lies."""
     origin = np.zeros(3)
     if landmarks is not None:
-        origin = np.median((landmarks.min(1) + landmarks.max(1)) / 2, 0)
+        in_head = transform_points(np.linalg.inv(recording.Ts_cam_world), landmarks)
+        origin = np.median((in_head.min(1) + in_head.max(1)) / 2, 0)
     centres = np.linalg.inv(recording.Ts_cam_world)[:, :3, 3]
     return DISTANCE / float(np.median(np.linalg.norm(centres - origin, axis=1))), origin
 

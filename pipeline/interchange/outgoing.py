@@ -7,6 +7,7 @@ model, or of one version of FLAME, mean nothing in another (`pipeline.interchang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 ARKIT = "arkit-52"
+CHUNK = 64
+"""Frames whose vertices are held at once."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Outgoing:
         flame: the FLAME that the recording's numbers belong to; None without.
         about: the coefficients in a sentence.
         residual_mm: what FLAME's vertices stay from those of the fitted head; None where nothing was refitted.
+        landmarks: [T,478,3] MediaPipe's points of the fitted head in the camera's coordinates, metres; None where the
+            layout has no place for them.
     """
 
     recording: Recording
@@ -49,6 +54,7 @@ class Outgoing:
     flame: Flame | None
     about: str
     residual_mm: dict[str, float] | None = None
+    landmarks: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,10 @@ def outgoing(
     imported = load_recording(stored) if stored.is_file() else None
     recording = _of_import(imported, view) if imported else _of_fit(subject, frames, fitted, view)
     if flame is None:
-        return Outgoing(replace(recording, flame=None), pictures, None, _about(recording))
+        track = recording.flame
+        source = load_flame(track.version) if track is not None and track.moves_head else None
+        landmarks = _landmarks(fitted, view.rows)
+        return Outgoing(recording, pictures, source, _about(recording), landmarks=landmarks)
     if imported is not None and _holds(imported, wanted):
         return Outgoing(recording, pictures, flame, f"FLAME's own, as imported: {recording.basis}")
     from pipeline.interchange.flame_refit import refit, target_of
@@ -271,6 +280,23 @@ def _holds(imported: Recording, wanted: Wanted) -> bool:
     lids = wanted.eyelids or track.eyelids is None or not track.eyelids.any()
     offset = wanted.static_offset or track.static_offset is None or not track.static_offset.any()
     return fits and lids and offset
+
+
+def _landmarks(fitted: Clip, rows: NDArray[np.int64]) -> Floats:
+    """MediaPipe's points [T,478,3] of the fitted head in the camera's coordinates."""
+    import torch
+
+    from pipeline.geometry import transform_points
+
+    head = fitted.personal_head()
+    identity = torch.from_numpy(fitted.identity.astype(np.float32))
+    found = []
+    with torch.no_grad():
+        for part in np.array_split(rows, math.ceil(len(rows) / CHUNK)):
+            pose = (fitted.expression[part], fitted.neck[part], fitted.eyes[part])
+            posed = head.vertices(identity, *(torch.from_numpy(value.astype(np.float32)) for value in pose))
+            found.append(transform_points(fitted.Ts_cam_head[part], head.landmarks(posed).numpy().astype(np.float64)))
+    return np.concatenate(found)
 
 
 def _about(recording: Recording) -> str:

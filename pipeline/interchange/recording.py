@@ -58,6 +58,11 @@ class FlameTrack:
     eyelids: Floats | None = None
     static_offset: Floats | None = None
 
+    @property
+    def moves_head(self) -> bool:
+        """Whether root or neck turn the head, or the translation shifts it, against the world."""
+        return bool(self.rotation.any() or self.neck.any() or self.translation.any())
+
 
 @dataclass(frozen=True, eq=False)
 class Recording:

@@ -20,6 +20,7 @@ from messages import check_messages
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.geometry import transform_points
 from pipeline.heads.flame import Flame, load_flame
 from pipeline.interchange import ReadOptions, nerfblendshape
 from pipeline.interchange.recording import Recording
@@ -27,7 +28,8 @@ from pipeline.interchange.sidecar import Sidecar
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "nerfblendshape"
 POINTS = np.random.default_rng(3).uniform(-0.1, 0.1, (40, 3))
-LANDMARKS = np.random.default_rng(4).uniform(-0.08, 0.08, (3, 478, 3)) + np.array([0.0, 0.1, 0.06])
+FACE = np.random.default_rng(4).uniform(-0.08, 0.08, (3, 478, 3)) + np.array([0.0, 0.1, 0.06])
+LANDMARKS = transform_points(recordings.camera_poses(3), FACE)
 CENTRED = np.array([[118.0, 0, 48], [0, 109.0, 32], [0, 0, 1]])
 NAMES = tuple(f"headcast/{index:02d}" for index in range(52))
 
@@ -78,7 +80,7 @@ def test_both_programs_see_the_head_where_it_is(tmp_path: Path) -> None:
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
     oracle.training_files(tmp_path)
     marks = np.loadtxt(tmp_path / "ori_imgs" / "4.lms") + 0.5
-    np.testing.assert_allclose(marks, recordings.pixels(before, LANDMARKS)[1], atol=6e-4)
+    np.testing.assert_allclose(marks, recordings.pixels(before, FACE)[1], atol=6e-4)
 
 
 def test_nerfblendshape_uses_the_principal_point_which_gaussian_head_does_not(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_the_camera_stands_at_the_usual_distance_from_the_face(tmp_path: Path) -
     frames = json.loads((tmp_path / "transforms.json").read_text())["frames"]
     places = np.array([frame["transform_matrix"] for frame in frames])[:, :3, 3]
     assert np.median(np.linalg.norm(places, axis=1)) == pytest.approx(0.3493212163448334, abs=1e-12)
-    middle = in_its_world(tmp_path, (LANDMARKS.min(1) + LANDMARKS.max(1)) / 2)
+    middle = in_its_world(tmp_path, (FACE.min(1) + FACE.max(1)) / 2)
     assert np.abs(middle).max() < 0.01
 
 
