@@ -73,14 +73,16 @@ BACKGROUND, FACE, LEFT_EYE, RIGHT_EYE, NECK, CLOTH, HAIR = 0, 250, 210, 200, 110
 
 
 def detect(folder: Path) -> bool:
-    """Whether there is a `transforms.json` whose first frame has `mesh_path` and `exp_path`."""
+    """Whether there is a `transforms.json` whose first frame has `mesh_path` and `exp_path`, and no time step: VHAP's
+    meshes have one, and other axes.
+    """
     files = Folder(folder)
     try:
         frames = files.json(FILE).values.get("frames") if files.has(FILE) else None
     except (UserError, OSError):
         return False
     first = frames[0] if isinstance(frames, list) and frames else None
-    return isinstance(first, dict) and {"mesh_path", "exp_path"} <= set(first)
+    return isinstance(first, dict) and {"mesh_path", "exp_path"} <= set(first) and "timestep_index" not in first
 
 
 def read(folder: Path, options: ReadOptions) -> Recording:

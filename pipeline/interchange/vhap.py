@@ -23,8 +23,8 @@ from pipeline.errors import UserError
 from pipeline.frames import save_image
 from pipeline.interchange import DEFAULT_FPS, ReadOptions
 from pipeline.interchange.checking import FIX, Document, Folder, check_pictures, numbers, rising
-from pipeline.interchange.recording import FLAME_VERSIONS, FlameTrack, Pictures, Recording
-from pipeline.interchange.sidecar import Sidecar, read_sidecar, write_sidecar
+from pipeline.interchange.recording import FlameTrack, Pictures, Recording
+from pipeline.interchange.sidecar import Sidecar, flame_version, read_sidecar, write_sidecar
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,15 +51,16 @@ STILL = 1e-6
 
 
 def detect(folder: Path) -> bool:
-    """Whether the frames of `transforms.json` name FLAME files."""
+    """Whether the frames of `transforms.json` name FLAME files, or time steps with meshes: VHAP's other mode."""
     files = Folder(folder)
     if not files.has("transforms.json"):
         return False
     try:
         frames = files.json("transforms.json").values.get("frames")
-    except UserError:
+    except (UserError, OSError):
         return False
-    return isinstance(frames, list) and bool(frames) and isinstance(frames[0], dict) and "flame_param_path" in frames[0]
+    first = frames[0] if isinstance(frames, list) and frames else None
+    return isinstance(first, dict) and ("flame_param_path" in first or {"timestep_index", "mesh_path"} <= set(first))
 
 
 def read(folder: Path, options: ReadOptions) -> Recording:
@@ -80,10 +81,16 @@ def read(folder: Path, options: ReadOptions) -> Recording:
         )
     document = files.json("transforms.json")
     sidecar = read_sidecar(files)
-    version = _flame_version(options, sidecar)
+    version = flame_version(options.flame, sidecar) or VERSION
     for name in ("timestep_indices", "camera_indices"):
         document.take(name, (None,))
-    found = [_read_frame(frame, document) for frame in document.items("frames")]
+    items = document.items("frames")
+    if "mesh_path" in items[0] and "flame_param_path" not in items[0]:
+        raise UserError(
+            f"{document.where} names meshes of each frame, and no FLAME parameters.",
+            "export it from VHAP again with --flame_mode param",
+        )
+    found = [_read_frame(frame, document) for frame in items]
     cameras = sorted({each.camera for each in found})
     if len(cameras) > 1:
         raise UserError(
@@ -288,21 +295,6 @@ def _read_splits(files: Folder, rows: Mapping[int, int]) -> dict[str, tuple[int,
                 raise document.wrong(f"timestep_index {step} is not in 'transforms.json'")
         splits[name] = tuple(sorted(rows[step] for step in steps))
     return splits
-
-
-def _flame_version(options: ReadOptions, sidecar: Sidecar | None) -> str:
-    told = sidecar.flame if sidecar else ""
-    if told and told not in FLAME_VERSIONS:
-        raise UserError(
-            f"'headcast.json' names '{told[:40]}', which is no FLAME.", f"one of {', '.join(FLAME_VERSIONS)}"
-        )
-    if told and options.flame and options.flame != told:
-        raise UserError(
-            f"FLAME version mismatch: the dataset's numbers belong to {told}, by its headcast.json, "
-            f"not to {options.flame}.",
-            "leave the version out: one's numbers are meaningless in another",
-        )
-    return options.flame or told or VERSION
 
 
 def write(

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.heads.flame import Flame, load_flame
-from pipeline.interchange import ReadOptions, vhap
+from pipeline.interchange import ReadOptions, detect, read, vhap
 from pipeline.interchange.recording import FlameTrack, Recording
 from pipeline.interchange.rectify import rectified
 from pipeline.interchange.sidecar import Sidecar
@@ -253,6 +253,18 @@ def test_what_is_too_large_to_keep_is_told(golden: Path) -> None:
         edit_arrays(golden, f"flame_param/{row:05d}.npz", lambda arrays, more=more: arrays.update(more))
     found = vhap.read(golden, ReadOptions())
     assert "Not taken from the FLAME files: dynamic_offset, odd, verts." in found.notes
+
+
+def test_meshes_of_vhap_are_not_taken_for_instas(golden: Path) -> None:
+    def meshes(data: dict[str, Any]) -> None:
+        for frame in data["frames"]:
+            del frame["flame_param_path"]
+            frame.update(exp_path="flame/exp/00000.txt", mesh_path="meshes/00000.obj")
+
+    edit_json(golden, meshes)
+    assert detect(golden) == "vhap"
+    with pytest.raises(UserError, match="--flame_mode param"):
+        read(golden)
 
 
 def edit_json(folder: Path, edit: Callable[[dict[str, Any]], object], name: str = "transforms.json") -> None:
