@@ -64,6 +64,11 @@ class Range(NamedTuple):
     test: tuple[float, float]
 
     @property
+    def label(self) -> str:
+        """Its name, without the basis of an imported dataset's own."""
+        return self.name.rpartition("/")[2]
+
+    @property
     def span(self) -> tuple[float, float]:
         """What a chart shows of it: 0 to 1, or of an imported dataset's own coefficient all that was seen."""
         if "/" not in self.name:

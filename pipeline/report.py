@@ -57,8 +57,8 @@ GROUPS = {
     "Jaw, brows, cheeks and nose": ("jaw", "brow", "cheek", "nose", "tongue"),
 }
 """Coefficients by what their names begin with."""
-LIVELIEST = 24
-"""So many of a dataset's own coefficients are shown, those with the widest ranges."""
+LIVELIEST, IN_A_CHART = 24, 8
+"""So many of a dataset's own coefficients are shown, those with the widest ranges, and so many in a chart."""
 EXPORTED = "exported"
 _VERDICT_OPENING = re.compile(r"^[A-Z][\w ]{0,30}: (good|fair|poor)\. ")
 
@@ -464,7 +464,11 @@ def _by_group(coverage: Coverage) -> dict[str, list[Range]]:
     groups = {title: [found for found in ranges if found.name.startswith(begin)] for title, begin in GROUPS.items()}
     own = [found for found in ranges if "/" in found.name]
     liveliest = sorted(own, key=lambda found: found.train[0] - found.train[1])[:LIVELIEST]
-    return groups | {basis_of(coverage.names): liveliest}
+    for basis in dict.fromkeys(found.name.partition("/")[0] for found in liveliest):
+        rows = [found for found in liveliest if found.name.startswith(f"{basis}/")]
+        for first in range(0, len(rows), IN_A_CHART):
+            groups[basis if first == 0 else f"{basis}, from the {first + 1}th"] = rows[first : first + IN_A_CHART]
+    return groups
 
 
 def _pose_charts(coverage: Coverage) -> list[Chart]:

@@ -214,7 +214,7 @@ def check_names(driver: Sequence[str], avatar: Sequence[str]) -> None:
         UserError: which are missing or unknown.
     """
     missing, unknown = sorted(set(avatar) - set(driver)), sorted(set(driver) - set(avatar))
-    if unknown and (own := basis_of(avatar)) != (given := basis_of(driver)):
+    if any("/" in name for name in (*missing, *unknown)) and (own := basis_of(avatar)) != (given := basis_of(driver)):
         raise UserError(
             f"The avatar is driven by {own}, the driver gives {given}: numbers of one mean nothing to the other.",
             f"drive it with a subject or a table of {own}",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import Interrupted
+from pipeline.expressions import is_arkit
 from pipeline.faces import Detector, Face
 from pipeline.frames import evenly
 from pipeline.geometry import matrix_to_rotvec, rotvec_to_matrix
@@ -204,7 +205,9 @@ def measure(
         asked = _by_names(scene.wanted, scene.own.names, names)
     result: dict[str, Any] = {"frames": int(compared.sum()), "found": round(float(shown.found.mean()), 4)}
     if result["frames"] > 1:
-        result["expression"] = expression_error(shown.scores[compared], asked[compared], names)
+        # A table of a dataset's own coefficients asks for nothing that MediaPipe scores.
+        if driver is not None or is_arkit(scene.own.names):
+            result["expression"] = expression_error(shown.scores[compared], asked[compared], names)
         result["pose"] = pose_error(shown.rotations[compared], scene.wanted[compared][:, turns])
     both = rendered.found & clip.found
     if both.sum() > 1:

