@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from pipeline.frames import (
     sharpness_of,
     write_overview,
 )
-from pipeline.interchange import FORMATS
 from pipeline.interchange.recording import FILE, Recording, save_recording
 from pipeline.source import DATASET, imported, read_dataset
 from pipeline.stage import Result, StageRun, Verdict
@@ -120,7 +118,7 @@ def _fill_frame(run: StageRun, recording: Recording, window: Window, row: int) -
 
 
 def _alpha_of_mask(path: Path, recording: Recording, window: Window) -> Image:
-    """Alpha [h,w] in the frames' size from a grey mask, or from a parsing as the format reads its colours."""
+    """Alpha [h,w] in the frames' size from a grey mask, or from a parsing."""
     import cv2
 
     mode = cv2.IMREAD_COLOR_RGB if recording.alpha == "parsing" else cv2.IMREAD_GRAYSCALE
@@ -129,10 +127,16 @@ def _alpha_of_mask(path: Path, recording: Recording, window: Window) -> Image:
         raise UserError(f"'{path}' is not an image that can be read.", "complete the dataset")
     _check_size(path, mask.shape[1::-1], recording.size)
     if recording.alpha == "parsing":
-        mask = importlib.import_module(FORMATS[recording.format].module).alpha_of(mask)
+        mask = _head_of_parsing(mask)
     if recording.size != window.content:
         mask = cv2.resize(mask, window.content, interpolation=cv2.INTER_AREA)
     return np.asarray(mask, np.uint8)
+
+
+def _head_of_parsing(parsing: Any) -> Image:
+    """Alpha of a parsing's colours [H,W,3], in which the head is pure blue (NeRFBlendShape, AD-NeRF)."""
+    red, green, blue = np.moveaxis(parsing > 127, -1, 0)
+    return np.where(blue & ~red & ~green, 255, 0).astype(np.uint8)
 
 
 def _check_size(path: Path, found: tuple[int, ...], wanted: tuple[int, int]) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -49,8 +47,6 @@ def imported_run(
     subject.root.mkdir(parents=True)
     register_dataset(subject, folder, recording)
     monkeypatch.setattr(fill_decode, "read_dataset", lambda subject: recording)
-    blue = SimpleNamespace(alpha_of=lambda parsing: np.where((parsing == [0, 0, 255]).all(-1), 255, 0))
-    monkeypatch.setitem(sys.modules, "pipeline.interchange.nerfblendshape", blue)
     work = subject.work / "decode"
     work.mkdir(parents=True)
     return StageRun(subject, work, config or Config())
