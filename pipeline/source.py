@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +172,8 @@ def read_dataset(subject: Subject) -> Recording:
     told = _known(subject).get("imported")
     if told is None:
         raise UserError(f"'{subject.name}' was not imported.", "headcast import FOLDER")
-    return read(subject.source / DATASET, told["format"], ReadOptions(Fraction(told["fps"]), told["flame"]))
+    recording = read(subject.source / DATASET, told["format"], ReadOptions(Fraction(told["fps"]), told["flame"]))
+    return replace(recording, notes=tuple(told["notes"]))  # what was taken for granted then is told now
 
 
 def register_photo(subject: Subject, path: Path) -> dict[str, Any]:
