@@ -82,6 +82,8 @@ def prepared(request: RunRequest) -> RunRequest:
         changes["alpha"] = tuple(path.absolute() for path in request.alpha)
     if request.like is not None:
         changes["like"] = request.like.absolute()
+    if request.tracking is not None:
+        changes["tracking"] = request.tracking.absolute()
     return request.model_copy(update=changes)
 
 

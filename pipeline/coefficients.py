@@ -66,6 +66,8 @@ class Coefficients:
         fps: rows a second.
         sha256: of the file.
         notes: sentences on what was taken for granted.
+        begins: seconds after midnight of the first row, by its timecode; None where it has none.
+        timecode_rate: frames a second that its timecodes count.
     """
 
     names: tuple[str, ...]
@@ -75,6 +77,8 @@ class Coefficients:
     fps: Fraction
     sha256: str
     notes: tuple[str, ...] = ()
+    begins: float | None = None
+    timecode_rate: int = 60
 
     def __len__(self) -> int:
         return len(self.times)
@@ -113,7 +117,8 @@ def read_coefficients(path: Path, fps: float | None = None) -> Coefficients:
         raise UserError(f"'{path}' shows a face in no row.", "record it again with the face in view")
     times, rate = _times(table, texts, fps, recorded, notes)
     digest = hashlib.sha256(data).hexdigest()
-    return Coefficients(tuple(names), values, times, seen, rate, digest, tuple(notes))
+    begins, counted = _clock(table, texts) if recorded else (None, 60)
+    return Coefficients(tuple(names), values, times, seen, rate, digest, tuple(notes), begins, counted)
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -347,6 +352,32 @@ def _times(
     return times - times[0], nearest if alike else Fraction(found).limit_denominator(1001)
 
 
+def timecode_seconds(text: str, rate: int) -> float | None:
+    """Seconds after midnight of a timecode that counts so many frames a second, none dropped; None if it is none."""
+    match = TIMECODE.fullmatch(text.strip())
+    if match is None:
+        return None
+    hours, minutes, seconds, _, frames = match.groups()
+    return 3600 * int(hours) + 60 * int(minutes) + int(seconds) + float(frames) / rate
+
+
+def _clock(table: _Table, rows: list[list[str]]) -> tuple[float | None, int]:
+    """When the first row was taken, seconds after midnight, and the frames a second that its timecodes count."""
+    cells = [row[table.header.index("Timecode")] for row in rows]
+    found = [match.groups() for cell in cells if (match := TIMECODE.fullmatch(cell))]
+    if not found or any(groups[3] == ";" for groups in found):
+        return None, 60
+    rate = _counted(np.array([float(groups[4]) for groups in found]), np.array([float(g[2]) for g in found]))
+    return timecode_seconds(cells[0], rate or 60), rate or 60
+
+
+def _counted(frames: Floats, seconds: Floats) -> int | None:
+    """Frames a second that timecodes count, by the highest number; None where they are too short to tell."""
+    if (np.diff(seconds) != 0).sum() < 2:
+        return None
+    return next((rate for rate in (*TIMECODE_RATES, TIMECODE_RATES[-1] + 1) if rate > np.floor(frames.max())), None)
+
+
 def _timecodes(table: _Table, cells: list[str], notes: list[str]) -> Floats:
     """Seconds [T] of timecodes HH:MM:SS:FF.subframe; with a semicolon before the frames, numbers are dropped.
 
@@ -373,8 +404,8 @@ def _timecodes(table: _Table, cells: list[str], notes: list[str]) -> Floats:
         )
     if drops:
         rate = 30 if frames.max() < 30 else 60
-    elif (np.diff(seconds) != 0).sum() > 1:
-        rate = next(rate for rate in (*TIMECODE_RATES, TIMECODE_RATES[-1] + 1) if rate > np.floor(frames.max()))
+    elif (told := _counted(frames, seconds)) is not None:
+        rate = told
     else:
         rate = 60
         notes.append("It is too short to tell how many frames its timecodes count a second: 60, as the app does.")

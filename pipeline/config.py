@@ -68,6 +68,15 @@ class TrackConfig(Section):
     """Which of several people: their number from the left where the most are seen; by default the one seen longest."""
     like: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     """Which of several people: sha256 of a photograph of the one that is meant; `--like PHOTO` sets it."""
+    given: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    """Another tracker's file beside the video: sha256 of a take's table or a dump; `--tracking FILE` sets it."""
+    offset_seconds: float | None = Field(None, ge=-3600, le=3600)
+    """When that file begins, from the video's first frame; by default as timecodes tell, else as motion shows."""
+
+    def keyed(self) -> dict[str, Any]:
+        """Plain data of all that the stage's files depend on; without such a file, what says nothing is left out."""
+        data = super().keyed()
+        return data if self.given else {name: data[name] for name in data if name not in ("given", "offset_seconds")}
 
 
 class MatteConfig(Section):

@@ -35,6 +35,7 @@ from pipeline.dataset import (
     write_json,
 )
 from pipeline.errors import Interrupted, StageError, SubjectBusy, UserError
+from pipeline.interchange.tracking import check_tracking, kind_of, tracking_digest
 from pipeline.lease import Held, remove_traces
 from pipeline.mirror import Mirror, in_step, open_mirror
 from pipeline.progress import Reporter
@@ -45,6 +46,7 @@ from pipeline.source import (
     check_span,
     has_alphas,
     has_photo,
+    has_tracking,
     imported,
     is_registered,
     is_registered_dataset,
@@ -53,6 +55,7 @@ from pipeline.source import (
     register_dataset,
     register_photo,
     register_source,
+    register_tracking,
     source_paths,
 )
 from pipeline.stage import Stage, State, inspect_stages, read_manifest, run_stage, storage_fix
@@ -130,6 +133,8 @@ class RunRequest(BaseModel):
     """A photograph of the person who is meant, where several are in view; it is kept with the videos."""
     alpha: tuple[Path, ...] = ()
     """Alphas of the user's own, a video or a folder of images for each clip in order; they are kept with the videos."""
+    tracking: Path | None = None
+    """Another tracker's file of the video, such as a Live Link Face table; it is kept with the video."""
     check: bool = True
     """Look at new videos before anything is done with them, and say what to film again."""
     preset: Preset | None = None
@@ -180,6 +185,8 @@ def resolve_config(request: RunRequest, subject: Subject) -> Config:
     if request.alpha:
         check_alpha_count(len(request.alpha), len(request.videos or source_paths(subject)))
         settings.append(f"matte.alpha={alphas_digest(subject, request.alpha)}")
+    if request.tracking is not None:
+        settings.append(f"track.given={tracking_digest(request.tracking)}")
     if request.like is not None:
         settings.append(f"track.like={hashlib.sha256(read_photo_bytes(request.like)).hexdigest()}")
     if request.preset is None and not request.videos and (request.imports is None or imported(subject) is not None):
@@ -287,6 +294,8 @@ def open_subject(request: RunRequest, subject: Subject, config: Config) -> None:
         register_photo(subject, request.like)
     if request.alpha:
         register_alphas(subject, request.alpha)
+    if request.tracking is not None:
+        register_tracking(subject, request.tracking, kind_of(request.tracking))
     write_json(subject.root / RUN_RECORD, sealed({"schema": RUN_SCHEMA, "config": config.model_dump(mode="json")}))
     for folder in (subject.root, subject.root.parent):  # before anything is published in them
         fsync_path(folder)
@@ -381,6 +390,9 @@ def check_input(request: RunRequest, subject: Subject) -> bool:
         max_side_px = resolve_config(request, subject).decode.max_side_px
         check_alphas(request.videos or source_paths(subject), request.alpha, max_side_px, decoded, request.threads)
         fulfilled = False
+    if request.tracking is not None and not (known and has_tracking(subject, sha256_file(request.tracking))):
+        check_tracking(request.tracking, request.videos or source_paths(subject))
+        fulfilled = False
     if request.like is not None and not (known and has_photo(subject, sha256_file(request.like))):
         from pipeline.recognition import check_photo
 
@@ -409,7 +421,11 @@ def refuse_settings(request: RunRequest, subject: Subject) -> None:
     Raises:
         UserError: a setting says nothing to it.
     """
-    options = [("--like", request.like is not None), ("--alpha", bool(request.alpha))]
+    options = [
+        ("--like", request.like is not None),
+        ("--alpha", bool(request.alpha)),
+        ("--tracking", request.tracking is not None),
+    ]
     found = [option for option, given in options if given]
     names = [setting.partition("=")[0].strip() for setting in request.settings]
     found += [name for name in names if name.startswith(NOT_OF_IMPORTED) and name not in OF_IMPORTED]

@@ -197,6 +197,53 @@ def register_photo(subject: Subject, path: Path) -> dict[str, Any]:
     return record
 
 
+def register_tracking(subject: Subject, path: Path, kind: str) -> dict[str, Any]:
+    """Copy another tracker's file into `source/`, in place of an earlier one; return `source.json`.
+
+    Args:
+        subject: whose source.
+        path: the file, already found good (`pipeline.interchange.tracking.check_tracking`).
+        kind: what wrote it, a key of `pipeline.interchange.tracking.KINDS`.
+
+    Raises:
+        UserError: the subject has no source, or the file cannot be read.
+    """
+    record = _known(subject)
+    digest = sha256_file(path)
+    if has_tracking(subject, digest):
+        return record
+    before = record.get("tracking") or {}
+    entry = {"kind": kind, "name": path.name, "file": f"tracking-{digest[:12]}{path.suffix.lower()}", "sha256": digest}
+    write_atomic(subject.source / entry["file"], path.read_bytes())
+    record = {**record, "tracking": entry}
+    write_json(subject.source / "source.json", sealed(record))
+    if before and before["file"] != entry["file"]:
+        (subject.source / before["file"]).unlink(missing_ok=True)
+    return record
+
+
+def has_tracking(subject: Subject, sha256: str) -> bool:
+    """Whether another tracker's file with these bytes is part of the source."""
+    record = (_registered(subject) or {}).get("tracking") or {}
+    path = subject.source / str(record.get("file", ""))
+    return record.get("sha256") == sha256 and path.is_file() and sha256_file(path) == sha256
+
+
+def tracking_file(subject: Subject, sha256: str) -> tuple[Path, str, str]:
+    """Another tracker's file with these bytes inside the dataset, its kind, and its name as given.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not has_tracking(subject, sha256):
+        raise UserError(
+            f"The tracking that was given for '{subject.name}' is missing or was changed.",
+            "give it again: headcast run VIDEO --tracking FILE; or do without: --set track.given=",
+        )
+    entry = _known(subject)["tracking"]
+    return subject.source / str(entry["file"]), str(entry["kind"]), str(entry["name"])
+
+
 def check_sources(paths: Sequence[Path]) -> list[VideoInfo]:
     """What each clip says of itself. Reads only.
 
@@ -361,14 +408,15 @@ def source_names(subject: Subject) -> list[str]:
 
 
 def source_entries(subject: Subject) -> list[dict[str, Any]]:
-    """What `source/` keeps: an entry with `kind`, `file` and `sha256` for each clip, their alphas and the photograph.
+    """What `source/` keeps: an entry with `kind`, `file` and `sha256` for each clip, alphas, photograph, tracking.
 
     Raises:
         UserError: the source is missing or damaged.
     """
     record = _known(subject)
     photo = [{**record["like"], "kind": "photo"}] if record.get("like") else []
-    return [*record["clips"], *record.get("alphas", []), *photo]
+    tracking = [record["tracking"]] if record.get("tracking") else []
+    return [*record["clips"], *record.get("alphas", []), *photo, *tracking]
 
 
 def source_files(subject: Subject) -> list[Path]:
@@ -661,7 +709,8 @@ def _registered(subject: Subject) -> dict[str, Any] | None:
             record = {"schema": SCHEMA, "sha256": record["sha256"], "clips": [clip]}
         complete = record["schema"] == SCHEMA and record["sha256"] and record["clips"]
         alphas = record.get("alphas", [])
-        for entry in [*record["clips"], *alphas, *([record["like"]] if record.get("like") else [])]:
+        single = [record[name] for name in ("like", "tracking") if record.get(name)]
+        for entry in [*record["clips"], *alphas, *single]:
             complete = complete and Path(entry["file"]).name == entry["file"] != ".." and entry["sha256"]
         for entry in [*record["clips"], *alphas]:
             complete = complete and entry["stamp"] and entry["kind"] and entry["size"]

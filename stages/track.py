@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,11 +24,14 @@ from pipeline.dataset import write_atomic
 from pipeline.errors import StageError
 from pipeline.faces import FACE_OVAL, Detector, Face
 from pipeline.frames import FrameSet, contact_sheet, counted, evenly, ranges_text, save_image
+from pipeline.heads import EXPRESSIONS
 from pipeline.interchange.recording import has_recording
 from pipeline.picture_quality import face_detail
 from pipeline.stage import Level, Result, Stage, StageRun, Verdict
 
 if TYPE_CHECKING:
+    from pipeline.coefficients import Coefficients
+    from pipeline.interchange.mediapipe_dump import Dump
     from pipeline.recognition import Portrait, Recognizer
 
 CHUNK = 64
@@ -45,6 +48,8 @@ COVERED_ENTER, COVERED_LEAVE = 0.1, 0.08
 SMALL_FACE_PX = 100
 
 
+LOOKS = 8
+"""Frames in which a dump of landmarks is held against what is seen."""
 PORTRAIT_FRAMES = 5
 """Frames from which a face is described."""
 How = Literal["longest", "number", "photograph"]
@@ -97,8 +102,12 @@ def track(run: StageRun) -> Result:
     frames = FrameSet.load(run.subject.stage("decode"))
     model = asset_path(FACE_LANDMARKER, fetch=False)
     with Detector(model, config.max_faces, config.min_confidence) as detector:
-        seen = _detect_all(run, frames, detector)
-        names = detector.names
+        given = Given.read(run, frames) if config.given else None
+        if given is not None and given.dump is not None:
+            seen = given.faces(run, frames, detector)
+        else:
+            seen = _detect_all(run, frames, detector)
+        names = detector.names or EXPRESSIONS
     lengths = np.bincount(frames.shots)
     tracks = [
         one
@@ -113,11 +122,101 @@ def track(run: StageRun) -> Result:
     arrays["others"] = other_boxes(seen, subject.faces, tracks)
     arrays["hands"] = _find_hands(run, frames, arrays)
     _judge(run, frames, arrays)
+    if given is not None and given.table is not None:
+        given.put_scores(run, frames, arrays)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomic(run.work / "track.npz", buffer.getvalue())
     _write_overlay(run.work / "overlay.jpg", frames, arrays, subject)
-    return _result(frames, arrays, subject, max(len(faces) for faces in seen))
+    result = _result(frames, arrays, subject, max(len(faces) for faces in seen))
+    return result if given is None else given.told(result)
+
+
+@dataclass
+class Given:
+    """What another tracker's file of the video says: a take's table, or a dump of landmarks."""
+
+    name: str
+    table: Coefficients | None = None
+    dump: Dump | None = None
+    notes: list[str] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def read(run: StageRun, frames: FrameSet) -> Given:
+        """Read it from the source.
+
+        Raises:
+            UserError: it is missing, or at fault.
+            StageError: the subject has several clips.
+        """
+        from pipeline.interchange.livelink import read_table
+        from pipeline.interchange.mediapipe_dump import read_dump
+        from pipeline.source import tracking_file
+
+        if len(frames.record["clips"]) > 1:
+            raise StageError(
+                f"The tracking that was given tells of one video; '{run.subject.name}' has several.",
+                "do without: --set track.given=",
+            )
+        path, kind, name = tracking_file(run.subject, run.config.track.given)
+        if kind == "livelink":
+            return Given(name, table=read_table(path))
+        return Given(name, dump=replace(read_dump(path), name=name))
+
+    def faces(self, run: StageRun, frames: FrameSet, detector: Detector) -> list[list[Face]]:
+        """The dump's faces of each frame, checked against what is seen in a few, or all where it lacks scores or poses.
+
+        Raises:
+            UserError: its faces are elsewhere than those in the frames.
+        """
+        from pipeline.interchange.mediapipe_dump import completed
+
+        assert self.dump is not None
+        dumped, notes = self.dump.faces(frames, EXPRESSIONS)
+        if self.dump.whole:
+            looks = set(evenly(len(frames), LOOKS))
+            seen = [detector.detect(frames.picture(i)) if i in looks else [] for i in range(len(frames))]
+        else:
+            seen = _detect_all(run, frames, detector)
+        if detector.names not in ((), EXPRESSIONS):
+            raise StageError("MediaPipe's scores come in another order than ARKit's names.", "report it as a bug")
+        faces, more, misfit = completed(dumped, seen, self.dump.name, int(frames.contents[0, 0]))
+        self.notes += [*notes, *more]
+        self.metrics["misfit_share"] = None if misfit is None else round(misfit, 4)
+        return faces
+
+    def put_scores(self, run: StageRun, frames: FrameSet, arrays: dict[str, Any]) -> None:
+        """Take the table's coefficients for the scores of the frames that it has.
+
+        Raises:
+            UserError: it has none of them.
+        """
+        from pipeline.interchange.livelink import on_frames
+        from pipeline.source import source_paths
+
+        assert self.table is not None
+        names = tuple(str(name) for name in arrays["blendshape_names"])
+        seen, detected = arrays["blendshapes"].astype(np.float64), arrays["detected"]
+        offset = run.config.track.offset_seconds
+        taken = on_frames(self.table, names, frames.times, seen, detected, source_paths(run.subject)[0], offset)
+        arrays["blendshapes"][taken.there] = taken.scores[taken.there]
+        self.notes.append(f"it begins {taken.offset:.3f} s after the video ({taken.how})")
+        if not taken.there.all():
+            self.notes.append(f"it has nothing of {ranges_text(~taken.there)}, where MediaPipe's scores stay")
+        self.metrics |= {"given_offset_seconds": round(taken.offset, 4), "given_frames": int(taken.there.sum())}
+        both = taken.there & detected
+        if taken.turned and both.any():
+            apart = taken.turns_apart(arrays["Ts_cam_face"][:, :3, :3], both)
+            self.notes.append(f"its head's turns are {apart:.1f} degrees from the video's")
+            self.metrics["given_turn_degrees"] = round(apart, 2)
+
+    def told(self, result: Result) -> Result:
+        """The stage's result with what came from the file."""
+        what = "Coefficients" if self.table is not None else "Landmarks"
+        text = f"{result.verdict.text} {what} are those of '{self.name}': {'; '.join(self.notes)}."
+        verdict = replace(result.verdict, text=text)
+        return replace(result, verdict=verdict, metrics={**result.metrics, "given": self.name, **self.metrics})
 
 
 def link_faces(seen: list[list[Face]], shots: NDArray[np.int64]) -> list[Track]:

@@ -31,6 +31,8 @@ class Run(Common):
     """Which of several people: a photograph of the one; needs a face recognition model of your own."""
     alpha: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER_OR_VIDEO")] = ()
     """Alphas of your own: a video or a folder of images, one for every frame; for several clips given once for each."""
+    tracking: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Another tracker's file of the video: a Live Link Face table, or a dump of MediaPipe's landmarks."""
     no_check: bool = False
     """Do not look at new videos beforehand and say what to film again."""
     preset: Literal["quick", "standard", "best"] | None = None
@@ -100,6 +102,7 @@ class Run(Common):
             videos=self.videos,
             like=self.like,
             alpha=self.alpha,
+            tracking=self.tracking,
             check=not self.no_check,
             preset=self.preset,
             settings=tuple(settings),
