@@ -12,6 +12,7 @@ import tyro
 from pipeline.cli.common import Answer, Common, Settings, Store
 from pipeline.cli.run import carry_out
 from pipeline.errors import UserError
+from pipeline.interchange.tracking import Tracked, kind_of
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,18 @@ class Import(Common):
     imavatar: IMavatar, PointAvatar. Example: headcast import yufeng/MVI_1810 --format imavatar
 
     metrical: metrical-tracker's own output, a .frame file a frame. Example: headcast import output/bala
+
+    Two more are a video with what another tracker saw in it. That becomes the subject's tracking, and the head is
+    fitted to it as to any other subject:
+
+    livelink: a take of the Live Link Face app, .mov and .csv. Example: headcast import 20240506_MySlate_7
+
+    mediapipe: a video, or images, and one dump of MediaPipe's face landmarks. Example: headcast import take7
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = tyro.MISSING
-    """The dataset; its files are hard-linked into --data, or copied."""
-    format: Literal["auto", "nerfblendshape", "insta", "vhap", "imavatar", "metrical"] = "auto"
+    """The dataset, or the video's folder; its files are hard-linked into --data, or copied."""
+    format: Literal["auto", "nerfblendshape", "insta", "vhap", "imavatar", "metrical", "livelink", "mediapipe"] = "auto"
     """Its layout; auto tells it by the files."""
     subject: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """The subject's name; by default made from the folder's."""
@@ -74,6 +82,9 @@ class Import(Common):
         from pipeline.run import Import as Dataset
         from pipeline.run import RunRequest
 
+        tracked = self._tracked()
+        if tracked is not None:
+            return self._tracked_request(tracked)
         try:
             fps = None if self.fps is None else Fraction(self.fps)
         except (ValueError, ZeroDivisionError):
@@ -86,6 +97,49 @@ class Import(Common):
             data=self.data, subject=self.subject, imports=dataset, settings=self.set, last="fit", store=self.store
         )
 
+    def _tracked(self) -> Tracked | None:
+        """The video and another tracker's file in the folder; None where it is a dataset.
+
+        Raises:
+            UserError: which files are meant is not plain.
+        """
+        from pipeline.interchange import formats_of
+        from pipeline.interchange.tracking import KINDS, find_tracked
+
+        if self.format in KINDS or (self.format == "auto" and self.folder.is_dir() and not formats_of(self.folder)):
+            return find_tracked(self.folder, self.format)
+        return None
+
+    def _tracked_request(self, tracked: Tracked) -> Any:
+        """The run of a video with another tracker's file.
+
+        Raises:
+            UserError: an option says nothing to it, or it may not take the place of the subject's source.
+        """
+        from pipeline.dataset import Dataset, subject_name_for
+        from pipeline.run import RunRequest
+        from pipeline.source import is_registered
+
+        said = next((f"--{name}" for name in ("fps", "flame") if getattr(self, name) is not None), None)
+        if said:
+            raise UserError(f"{said} says nothing to '{self.folder}', which is a video.", "leave it away")
+        subject = Dataset(self.data).subject(self.subject or subject_name_for(self.folder.absolute()))
+        taken = (subject.source / "source.json").is_file() and not is_registered(subject, [tracked.video])
+        if taken and not self.force:
+            raise UserError(
+                f"'{self.folder}' would become the subject '{subject.name}', which was made from something else.",
+                "name another with --subject, or put the video in its place with --force",
+            )
+        return RunRequest(
+            data=self.data,
+            subject=subject.name,
+            videos=(tracked.video,),
+            tracking=tracked.file,
+            settings=(*tracked.settings, *self.set),
+            last="fit",
+            store=self.store,
+        )
+
     def _tell(self, request: Any) -> Answer:
         """Read and check everything, and say what there is."""
         from pipeline.run import check_input, prepare
@@ -93,6 +147,12 @@ class Import(Common):
 
         subject, *_ = prepare(request, STAGES)
         check_input(request, subject)
+        if request.tracking is not None:
+            kind, video, file = kind_of(request.tracking), request.videos[0].name, request.tracking.name
+            document = {"schema": 1, "subject": subject.name, "format": kind, "video": video, "tracking": file}
+            told = [f"'{self.folder}' can be imported as '{subject.name}': {kind}, '{video}' with '{file}'."]
+            tracked = self._tracked()
+            return document, "\n".join([*told, *(tracked.notes if tracked else ())]), 0
         recording = request.imports.read()
         first, last = int(recording.numbers[0]), int(recording.numbers[-1])
         document = {

@@ -74,6 +74,11 @@ class ReadOptions:
     flame: str | None = None
 
 
+def formats_of(folder: Path) -> list[str]:
+    """The formats that a folder may be in, by its files alone."""
+    return [name for name, format_ in FORMATS.items() if importlib.import_module(format_.module).detect(folder)]
+
+
 def detect(folder: Path) -> str:
     """The format of a folder, by its files alone.
 
@@ -82,9 +87,11 @@ def detect(folder: Path) -> str:
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder '{folder}'.", "name the folder of a tracked dataset")
-    found = [name for name, format_ in FORMATS.items() if importlib.import_module(format_.module).detect(folder)]
+    found = formats_of(folder)
     if not found:
-        signs = "; ".join(f"{name}: {format_.sign}" for name, format_ in FORMATS.items())
+        from pipeline.interchange.tracking import KINDS
+
+        signs = "; ".join(f"{name}: {sign}" for name, sign in ({n: f.sign for n, f in FORMATS.items()} | KINDS).items())
         raise UserError(f"'{folder}' is no dataset that headcast can import.", f"looked for {signs}")
     if len(found) > 1:
         raise UserError(
