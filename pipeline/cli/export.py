@@ -14,7 +14,7 @@ from pipeline.cli.common import Answer, Common, split_settings
 
 @dataclass(frozen=True)
 class Export(Common):
-    """Write a subject's avatar as files for other tools, read them back and say what was lost.
+    """Write a subject as files for other tools, read them back and say what was lost.
 
     Targets, each with an example (all about them: docs/exports.md):
 
@@ -46,12 +46,24 @@ class Export(Common):
     enough.
     Example: headcast export ada --to csv --set layout=livelink
 
+    nerfblendshape: a dataset as NeRFBlendShape and gaussian-head load it (docs/interchange.md); a fit is enough.
+    Example: headcast export ada --to nerfblendshape --set coefficients=46
+
+    insta: a dataset for INSTA and FateAvatar; FLAME is fitted to the head, so its file is needed.
+    Example: headcast export ada --to insta --set licence=mine
+
+    vhap: a dataset for GaussianAvatars and LAM, as VHAP exports it, with FLAME.
+    Example: headcast export ada --to vhap --set flame=2023
+
+    imavatar: a dataset for IMavatar and PointAvatar, with FLAME.
+    Example: headcast export ada --to imavatar --out baselines/ada
+
     web: a page that plays and drives the avatar in any browser, by webcam too; a folder, and the same in one file.
     Example: headcast export ada --to web --set webcam=false
     """
 
     subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUBJECT")] = tyro.MISSING
-    """Whose avatar; trained (for csv, fitted)."""
+    """Whose avatar; trained (for csv and datasets, fitted)."""
     to: Annotated[str, tyro.conf.arg(metavar="TARGET")] = tyro.MISSING
     """What to write; see above."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None

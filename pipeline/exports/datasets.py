@@ -32,6 +32,13 @@ WANTED = {
     "imavatar": Wanted("flame2020", 100, 50, square=True),
 }
 
+READERS = {
+    "nerfblendshape": "NeRFBlendShape and gaussian-head",
+    "insta": "INSTA",
+    "vhap": "GaussianAvatars and LAM, as VHAP exports it",
+    "imavatar": "IMavatar and PointAvatar",
+}
+
 
 def write(export: Export, folder: Path) -> dict[str, Any]:
     """Write the dataset into an empty folder.
@@ -84,7 +91,7 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
         warnings = layout.write(
             recording, pictures, folder, flame=found.flame, sidecar=sidecar, on_frame=on_frame, **more
         )
-    told = [f"{len(recording)} frames of {recording.size[0]}x{recording.size[1]} for {FORMATS[export.target].about}"]
+    told = [f"{len(recording)} frames of {recording.size[0]}x{recording.size[1]} for {READERS[export.target]}"]
     told.append(f"coefficients: {found.about}")
     if found.residual_mm:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in found.residual_mm.items())
