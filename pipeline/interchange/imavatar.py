@@ -22,8 +22,8 @@ from pipeline.errors import UserError
 from pipeline.frames import save_image
 from pipeline.interchange import DEFAULT_FPS, ReadOptions
 from pipeline.interchange.checking import FIX, Document, Folder, check_pictures, numbers, rising
-from pipeline.interchange.recording import FLAME_VERSIONS, FlameTrack, Pictures, Recording
-from pipeline.interchange.sidecar import Sidecar, read_sidecar, write_sidecar
+from pipeline.interchange.recording import FlameTrack, Pictures, Recording
+from pipeline.interchange.sidecar import Sidecar, flame_version, read_sidecar, write_sidecar
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,7 +74,7 @@ def read(folder: Path, options: ReadOptions) -> Recording:
         if {frame.number for frame in first.frames} & {frame.number for frame in other.frames}:
             raise _several(folder, [str(PurePosixPath(video.file).parent) for video in videos])
     sidecar = read_sidecar(files) or read_sidecar(Folder((folder / first.file).parent))
-    version = _flame_version(options, sidecar)
+    version = flame_version(options.flame, sidecar) or VERSION
     frames = [frame for video in videos for frame in video.frames]
     order = list(rising([frame.number for frame in frames], " and ".join(f"'{video.file}'" for video in videos)))
     splits = {}
@@ -240,20 +240,6 @@ def _read_frame(frame: Document, folder: str) -> _Frame:
         numbers(extra["flame_keypoints"], (None, 2), f"{frame.where}: 'flame_keypoints'")
     mask = str(PurePosixPath(folder) / f"{path}.png".replace("image", "mask"))
     return _Frame(frame.where, int(number), image, mask, world_mat, expression, pose, extra)
-
-
-def _flame_version(options: ReadOptions, sidecar: Sidecar | None) -> str:
-    told = sidecar.flame if sidecar else ""
-    if told and told not in FLAME_VERSIONS:
-        raise UserError(
-            f"'headcast.json' names the FLAME '{told[:40]}', expected one of {', '.join(FLAME_VERSIONS)}.", FIX
-        )
-    if told and options.flame and options.flame != told:
-        raise UserError(
-            f"The dataset's numbers belong to {told}, by its headcast.json, not to {options.flame}.",
-            "leave the version out: one's numbers are meaningless in another",
-        )
-    return options.flame or told or VERSION
 
 
 def _notes(options: ReadOptions, sidecar: Sidecar | None, world_mats: Floats) -> list[str]:

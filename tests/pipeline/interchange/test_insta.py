@@ -383,4 +383,4 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, flame: Flame) -> None
         assert not (tmp_path / folder).exists(), "nothing is written"
     found["no FLAME"] = found["no FLAME"].split("\n")[0]
     found["no parameters"] = found["no parameters"].split("\n")[0]
-    check_messages("insta_write", found)
+    check_messages("insta-write", found)
