@@ -24,6 +24,7 @@ from pipeline.heads.flame import read_flame
 from pipeline.interchange import metrical, nerfblendshape, read
 from pipeline.interchange.metrical import TrackedFrame
 from pipeline.interchange.sidecar import FILE, Sidecar
+from pipeline.video import write_video
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "interchange.md"
 GOLDEN = Path(__file__).parent / "golden"
@@ -58,6 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
         patch.setattr(heads, "load_head", load)
         write_dataset(folder / "data")
+        write_takes(folder)
         yield folder
 
 
@@ -99,6 +101,22 @@ def write_portrait(folder: Path) -> None:
     sidecar = Sidecar("nerfblendshape", "id1", "25", tuple(recording.numbers.tolist()), recording.basis, ())
     nerfblendshape.write(recording, pictures, folder, flame=None, sidecar=sidecar)
     (folder / FILE).unlink()
+
+
+def write_takes(folder: Path) -> None:
+    """A take of Live Link Face, and a video with a dump of MediaPipe's landmarks."""
+    clip = made.clip()
+    images = [image.round().clip(0, 255).astype(np.uint8) for image in clip.images]
+    for name in ("20240506_MySlate_7/MySlate_7_iPhone.mov", "take7/take7.mp4"):
+        (folder / name).parent.mkdir()
+        write_video(folder / name, images, 25)
+    with (folder / "20240506_MySlate_7" / "MySlate_7_iPhone.csv").open("w") as file:
+        names = [name[0].upper() + name[1:] for name in heads.EXPRESSIONS]
+        file.write(",".join(["Timecode", "BlendShapeCount", *names]) + "\n")
+        for row, values in enumerate(clip.expression):
+            file.write(",".join([f"10:00:00:{row:02d}.000", "52", *(f"{value:.6f}" for value in values)]) + "\n")
+    landmarks = np.stack([made.seen(row)[0].landmarks for row in range(made.FRAMES)])
+    np.savez(folder / "take7" / "landmarks.npz", landmarks=landmarks)
 
 
 def test_the_commands_of_the_page(place: Path) -> None:
