@@ -35,15 +35,16 @@ SHAPE_RIDGE, EXPRESSION_RIDGE = 0.4, 1.0
 JAW_RIDGE_M = 1e-4
 """The same of a radian of the jaw's turn in one round, in metres."""
 RIGID_RIDGE = 1e-7
-EXACT_M, REGISTERED_M = 1e-6, 5e-5
+EXACT_M, REGISTERED_M = 1e-6, 2e-4
 """How sure places are: of FLAME's own topology, and of another mesh's surface."""
 JAW_STEP_RAD = 1e-3
+SETTLED = 1e-5
+"""Change of a coefficient, in standard deviations, and of the jaw, in radians, that ends the rounds."""
 FAR_M = 2e-3
 """A vertex that was brought so far from the other head's surface counts half."""
 REGION_WEIGHTS = {"head": 0.3, "face": 1.0, "lips": 2.0, "eyelids": 2.0}
 """Later ones count."""
 CHUNK = 64
-LEFT, RIGHT = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ class Target:
         vertices: [T,5023,3] metres in the camera, where FLAME's vertices belong.
         weights: [5023] how much each counts; 0 where it is not known where it belongs.
         face: [5023] the skin of the face, for the residual.
-        eyes: [T,2,3] turns of FLAME's joints 3 and 4 in the head's axes; None to find them by the eyeballs.
+        eyes: [T,2,3,3] turns of FLAME's joints 3 and 4 in the camera; None to find them by the eyeballs.
         about: a sentence on what it is.
         noise: metres, how sure the places are.
     """
@@ -96,6 +97,7 @@ def target_of(
         source = load_flame(imported.flame.version)
         vertices, eyes = _of_track(source, imported.flame, rows)
         placed = transform_points(imported.Ts_cam_world[rows], vertices)
+        eyes = imported.Ts_cam_world[rows, None, :3, :3] @ eyes
         return Target(placed, everywhere, face, eyes, f"{flame.name} fitted to the vertices of {imported.basis}")
     if imported is not None and imported.meshes:
         from pipeline.interchange.insta import read_meshes
@@ -139,7 +141,12 @@ def _registered(
     )
     face = own.regions["face"] & (weights > 0)
     return Target(
-        vertices, weights, face, _eyes_of(fitted, rows, flame), f"{flame.name} fitted to {head.name}'s surface"
+        vertices,
+        weights,
+        face,
+        _eyes_of(fitted, rows, flame),
+        f"{flame.name} fitted to {head.name}'s surface",
+        REGISTERED_M,
     )
 
 
@@ -161,8 +168,10 @@ def _vertices(fitted: Clip, head: HeadModel, rows: NDArray[np.int64]) -> list[Fl
 
 
 def _of_track(source: Flame, track: FlameTrack, rows: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Vertices [T,5023,3] of an imported FLAME in its world, and its eyes' turns."""
+    """Vertices [T,5023,3] of an imported FLAME in its world, and its eyes' turns [T,2,3,3] there."""
     import torch
+
+    from pipeline.geometry import rotvec_to_matrix
 
     moving = {name: getattr(track, name)[rows] for name in ("expression", "rotation", "neck", "jaw", "eyes")}
     offset = None
@@ -175,14 +184,17 @@ def _of_track(source: Flame, track: FlameTrack, rows: NDArray[np.int64]) -> tupl
         translation = torch.tensor(track.translation[rows][part])
         posed = source.vertices(torch.tensor(track.shape), **values, translation=translation, static_offset=offset)
         found.append(posed.numpy())
-    return np.concatenate(found), moving["eyes"]
+    head = rotvec_to_matrix(moving["rotation"]) @ rotvec_to_matrix(moving["neck"])
+    return np.concatenate(found), head[:, None] @ rotvec_to_matrix(moving["eyes"])
 
 
 def _eyes_of(fitted: Clip, rows: NDArray[np.int64], flame: Flame) -> Floats:
-    """The fit's turns of the left and the right eye as those of FLAME's joints 3 and 4."""
-    eyes = fitted.eyes[rows].astype(np.float64)
+    """The fit's turns of the left and the right eye as those of FLAME's joints 3 and 4, in the camera."""
+    from pipeline.geometry import rotvec_to_matrix
+
+    turns = fitted.Ts_cam_head[rows, None, :3, :3] @ rotvec_to_matrix(fitted.eyes[rows].astype(np.float64))
     joints = (flame.regressor @ flame.template).numpy()
-    return eyes if joints[3, 0] > joints[4, 0] else eyes[:, ::-1].copy()
+    return turns if joints[3, 0] > joints[4, 0] else turns[:, ::-1]
 
 
 def _face(flame: Flame) -> NDArray[np.bool_]:
@@ -219,40 +231,54 @@ def refit(
     used = np.flatnonzero(target.weights > 0)
     if len(used) < 500:
         raise StageError(f"Only {len(used)} of FLAME's vertices have a place.", "fit the subject again")
-    model = _Part(flame, used, shapes, expressions)
-    weights = torch.tensor(target.weights[used] / target.weights[used].sum())
+    model = _Part(flame, used, target.weights, shapes, expressions, target.noise)
     places = torch.tensor(target.vertices[:, used])
     frames = len(places)
-    eyes = torch.tensor(target.eyes) if target.eyes is not None else torch.zeros(frames, 2, 3, dtype=torch.float64)
     shape = torch.zeros(shapes, dtype=torch.float64)
     expression = torch.zeros(frames, expressions, dtype=torch.float64)
     jaw = torch.zeros(frames, 3, dtype=torch.float64)
+    eyes = torch.zeros(frames, 2, 3, dtype=torch.float64)
+    parts = [slice(start, start + CHUNK) for start in range(0, frames, CHUNK)]
     for _ in range(ROUNDS):
-        posed = model.vertices(shape, expression, jaw, eyes)
-        R, t = _rigid(posed, places, weights)
-        local = torch.einsum("tji,tvj->tvi", R, places - t[:, None])
-        if target.eyes is None:
-            eyes = _eyes_by_balls(flame, target, model, shape, expression, R, t)
-        shape, expression, jaw = _solve(model, weights, local, posed, shape, expression, jaw, eyes, target.noise)
+        before = shape, expression.clone(), jaw.clone()
+        wanted, posed = torch.zeros(2, len(used), 3, dtype=torch.float64)
+        for part in parts:
+            now = _Estimate.of(model, shape, expression[part], jaw[part], eyes[part], places[part])
+            wanted += now.wanted.sum(0) / frames
+            posed += now.posed.sum(0) / frames
+        new_shape = model.solve_shape(wanted, posed)
+        for part in parts:
+            now = _Estimate.of(model, shape, expression[part], jaw[part], eyes[part], places[part])
+            expression[part], jaw[part] = model.solve_frames(now, new_shape)
+            eyes[part] = _eyes(flame, target, part, new_shape, now)
+        shape = new_shape
         on_round()
-    posed = model.vertices(shape, expression, jaw, eyes)
-    R, t = _rigid(posed, places, weights)
+        settled = zip(before, (shape, expression, jaw), strict=True)
+        if max(float((new - old).abs().max()) for old, new in settled) < SETTLED:
+            break
+    R, t, off = torch.zeros(frames, 3, 3, dtype=torch.float64), torch.zeros(frames, 3, dtype=torch.float64), []
+    for part in parts:
+        now = _Estimate.of(model, shape, expression[part], jaw[part], eyes[part], places[part])
+        R[part], t[part] = now.R, now.t
+        off.append(1e3 * (now.posed - now.local).norm(dim=2).numpy())
     track = _as_track(flame, shape, expression, jaw, eyes, R, t)
-    off = (torch.einsum("tij,tvj->tvi", R, posed) + t[:, None] - places).norm(dim=2).numpy() * 1e3
-    on_face = target.face[used]
+    distances, on_face = np.concatenate(off), target.face[used]
     residual: dict[str, float] = {}
-    for name, chosen in (("face", off[:, on_face]), ("head", off)):
+    for name, chosen in (("face", distances[:, on_face]), ("head", distances)):
         residual |= {f"{name}_median": float(np.median(chosen)), f"{name}_p95": float(np.percentile(chosen, 95))}
     return track, {name: round(value, 4) for name, value in residual.items()}
 
 
 class _Part:
-    """FLAME at some of its vertices, root and neck straight."""
+    """FLAME at some of its vertices, root and neck straight, and the least squares over them."""
 
-    def __init__(self, flame: Flame, used: NDArray[np.int64], shapes: int, expressions: int) -> None:
+    def __init__(
+        self, flame: Flame, used: NDArray[np.int64], weights: Floats, shapes: int, expressions: int, noise: float
+    ) -> None:
         import torch
 
         chosen = torch.from_numpy(used)
+        self.share = torch.tensor(weights[used] / weights[used].sum())
         self.template = flame.template[chosen]
         self.shapes, self.expressions = flame.shapes[:shapes, chosen], flame.expressions[:expressions, chosen]
         # Pose correctives of the jaw and the eyes; the neck's are of a straight neck: none.
@@ -261,6 +287,12 @@ class _Part:
         self.joint_template = flame.regressor @ flame.template
         self.joint_shapes = torch.einsum("jv,svi->sji", flame.regressor, flame.shapes[:shapes])
         self.joint_expressions = torch.einsum("jv,evi->eji", flame.regressor, flame.expressions[:expressions])
+        # Every equation is weighted by the root of its vertex' share, so that sums are means.
+        self.root = self.share.sqrt()[:, None]
+        self.basis = (self.root * torch.cat([self.shapes, self.expressions])).flatten(1)
+        self.gram = self.basis @ self.basis.T
+        sizes = ((shapes, noise * SHAPE_RIDGE), (expressions, noise * EXPRESSION_RIDGE))
+        self.ridge = torch.cat([torch.full((size,), value**2, dtype=torch.float64) for size, value in sizes])
 
     def shaped(self, shape: Tensor, expression: Tensor) -> tuple[Tensor, Tensor]:
         """Vertices [T,U,3] and joints [T,5,3] before anything turns."""
@@ -273,12 +305,8 @@ class _Part:
             joints + torch.einsum("te,eji->tji", expression, self.joint_expressions),
         )
 
-    def vertices(self, shape: Tensor, expression: Tensor, jaw: Tensor, eyes: Tensor) -> Tensor:
-        """Vertices [T,U,3], as `Flame.vertices` with root, neck and translation zero."""
-        return self.posed(*self.shaped(shape, expression), jaw, eyes)
-
     def posed(self, shaped: Tensor, joints: Tensor, jaw: Tensor, eyes: Tensor) -> Tensor:
-        """The same of what is shaped already."""
+        """Vertices [T,U,3] of what is shaped, as `Flame.vertices` with root, neck and translation zero."""
         import torch
 
         from pipeline.geometry import rotvec_to_matrix
@@ -292,6 +320,89 @@ class _Part:
             turned = torch.einsum("tij,tvj->tvi", turns[:, number], offset)
             moved = moved + self.weights[:, 2 + number, None] * (turned - offset)
         return moved
+
+    def solve_shape(self, wanted: Tensor, posed: Tensor) -> Tensor:
+        """Shape [S] by the frames' mean: of what is `wanted` [U,3] before anything turns, and of `posed` [U,3].
+
+        The mean expression is found along with it, and a small turn and move of the whole head, which are not the
+        shape's to explain: the next round finds the pose itself.
+        """
+        import torch
+
+        rigid = self.rigid(posed[None])[0]
+        cross = rigid @ self.basis.T
+        normal = torch.cat([torch.cat([self.gram, cross.T], 1), torch.cat([cross, rigid @ rigid.T], 1)])
+        normal += torch.diag(torch.cat([self.ridge, torch.full((6,), RIGID_RIDGE**2, dtype=torch.float64)]))
+        error = (self.root * wanted).flatten()
+        found = torch.linalg.solve(normal, torch.cat([self.basis @ error, rigid @ error]))
+        return found[: len(self.shapes)]
+
+    def solve_frames(self, now: _Estimate, shape: Tensor) -> tuple[Tensor, Tensor]:
+        """Expressions [T,E] and jaws [T,3] of frames of a shape [S], what the joints do held."""
+        import torch
+
+        jacobians = []
+        for axis in range(3):
+            step = torch.zeros(3, dtype=torch.float64)
+            step[axis] = JAW_STEP_RAD
+            changed = self.posed(now.shaped, now.joints, now.jaw + step, now.eyes) - now.posed
+            jacobians.append((self.root * changed / JAW_STEP_RAD).flatten(1))
+        J = torch.cat([torch.stack(jacobians, 1), self.rigid(now.posed)], 1)
+        shapes, expressions = len(self.shapes), len(self.expressions)
+        S, E = self.basis.split([shapes, expressions])
+        left = (self.root * now.wanted).flatten(1) - shape @ S
+        normal = torch.zeros(len(J), expressions + 9, expressions + 9, dtype=torch.float64)
+        normal[:, :expressions, :expressions] = self.gram[shapes:, shapes:]
+        normal[:, expressions:, :expressions] = J @ E.T
+        normal[:, :expressions, expressions:] = normal[:, expressions:, :expressions].mT
+        normal[:, expressions:, expressions:] = J @ J.mT
+        held = torch.tensor([JAW_RIDGE_M] * 3 + [RIGID_RIDGE] * 6, dtype=torch.float64)
+        normal += torch.diag(torch.cat([self.ridge[shapes:], held**2]))
+        right = torch.cat([left @ E.T, (J @ left[:, :, None])[:, :, 0]], 1)
+        found = torch.linalg.solve(normal, right)
+        return found[:, :expressions], now.jaw + found[:, expressions : expressions + 3]
+
+    def rigid(self, posed: Tensor) -> Tensor:
+        """What small turns and moves of the head do to vertices [T,U,3]: weighted, [T,6,3U]."""
+        import torch
+
+        axes = torch.eye(3, dtype=torch.float64)[None, :, None].expand(len(posed), 3, *posed.shape[1:])
+        turns = torch.cross(axes, posed[:, None].expand_as(axes), dim=3)
+        return (self.root * torch.cat([turns, axes], 1)).flatten(2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Estimate:
+    """What was found so far, of some frames, in FLAME's axes.
+
+    Attributes:
+        R, t: [T,3,3] and [T,3] that bring it into the camera.
+        jaw, eyes: [T,3] and [T,2,3].
+        shaped, joints: [T,U,3] and [T,5,3] before anything turns. posed: [T,U,3].
+        local: [T,U,3] the places of the vertices.
+        wanted: [T,U,3] what shape and expression have to add to the template, what the joints do held.
+    """
+
+    R: Tensor
+    t: Tensor
+    jaw: Tensor
+    eyes: Tensor
+    shaped: Tensor
+    joints: Tensor
+    posed: Tensor
+    local: Tensor
+    wanted: Tensor
+
+    @staticmethod
+    def of(model: _Part, shape: Tensor, expression: Tensor, jaw: Tensor, eyes: Tensor, places: Tensor) -> _Estimate:
+        import torch
+
+        shaped, joints = model.shaped(shape, expression)
+        posed = model.posed(shaped, joints, jaw, eyes)
+        R, t = _rigid(posed, places, model.share)
+        local = torch.einsum("tji,tvj->tvi", R, places - t[:, None])
+        wanted = local - (posed - shaped) - model.template
+        return _Estimate(R, t, jaw, eyes, shaped, joints, posed, local, wanted)
 
 
 def _rigid(source: Tensor, places: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,87 +418,23 @@ def _rigid(source: Tensor, places: Tensor, weights: Tensor) -> tuple[Tensor, Ten
     return R, to - torch.einsum("tij,tj->ti", R, mean)
 
 
-def _solve(
-    model: _Part,
-    weights: Tensor,
-    local: Tensor,
-    posed: Tensor,
-    shape: Tensor,
-    expression: Tensor,
-    jaw: Tensor,
-    eyes: Tensor,
-    noise: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shape, expressions and jaws that bring the shaped head nearest to `local` [T,U,3], what joints do held."""
-    import torch
-
-    frames, shapes, expressions = len(local), len(shape), expression.shape[1]
-    root = weights.sqrt()[None, :, None]
-    shaped, joints = model.shaped(shape, expression)
-    wanted = (root * (local - (posed - shaped) - model.template)).reshape(frames, -1)
-    S, E = ((root * basis).reshape(len(basis), -1) for basis in (model.shapes, model.expressions))
-
-    # What a small turn and move of the whole head would do: not the shape's nor the expression's to explain. The next
-    # round finds the pose itself.
-    turns = torch.cross(
-        torch.eye(3, dtype=torch.float64)[None, :, None].expand(frames, 3, *posed.shape[1:]),
-        posed[:, None].expand(frames, 3, *posed.shape[1:]),
-        dim=3,
-    )
-    moves = torch.eye(3, dtype=torch.float64)[None, :, None].expand(frames, 3, *posed.shape[1:])
-    rigid = (root[:, None] * torch.cat([turns, moves], 1)).reshape(frames, 6, -1)
-    free = torch.full((6,), RIGID_RIDGE**2, dtype=torch.float64)
-
-    # Shape and mean expression together, from the mean over the frames.
-    both = torch.cat([S, E, rigid.mean(0)])
-    ridge = torch.cat(
-        [
-            torch.full((size,), value**2, dtype=torch.float64)
-            for size, value in ((shapes, noise * SHAPE_RIDGE), (expressions, noise * EXPRESSION_RIDGE))
-        ]
-        + [free]
-    )
-    mean = torch.linalg.solve(both @ both.T + torch.diag(ridge), both @ wanted.mean(0))
-    shape = mean[:shapes]
-
-    jacobians = []
-    for axis in range(3):
-        step = torch.zeros(3, dtype=torch.float64)
-        step[axis] = JAW_STEP_RAD
-        changed = model.posed(shaped, joints, jaw + step, eyes) - posed
-        jacobians.append((root * changed / JAW_STEP_RAD).reshape(frames, -1))
-    J = torch.cat([torch.stack(jacobians, 1), rigid], 1)
-    left = wanted - shape @ S
-    size = expressions + 9
-    normal = torch.zeros(frames, size, size, dtype=torch.float64)
-    normal[:, :expressions, :expressions] = E @ E.T
-    cross = torch.einsum("tju,eu->tej", J, E)
-    normal[:, :expressions, expressions:] = cross
-    normal[:, expressions:, :expressions] = cross.transpose(1, 2)
-    normal[:, expressions:, expressions:] = J @ J.transpose(1, 2)
-    jaw_ridge = torch.full((3,), JAW_RIDGE_M**2, dtype=torch.float64)
-    normal += torch.diag(torch.cat([ridge[shapes : shapes + expressions], jaw_ridge, free]))
-    right = torch.cat([left @ E.T, torch.einsum("tju,tu->tj", J, left)], 1)
-    found = torch.linalg.solve(normal, right)
-    return shape, found[:, :expressions], jaw + found[:, expressions : expressions + 3]
-
-
-def _eyes_by_balls(
-    flame: Flame, target: Target, model: _Part, shape: Tensor, expression: Tensor, R: Tensor, t: Tensor
-) -> Tensor:
-    """Turns [T,2,3] of the eyes that bring FLAME's eyeballs nearest to where they belong, about their own centres."""
+def _eyes(flame: Flame, target: Target, part: slice, shape: Tensor, now: _Estimate) -> Tensor:
+    """Turns [T,2,3] of the eyes: the known ones, else those that bring FLAME's eyeballs nearest to their places."""
     import torch
 
     from pipeline.geometry import matrix_to_rotvec
 
+    if target.eyes is not None:
+        turns = now.R.mT[:, None] @ torch.tensor(np.ascontiguousarray(target.eyes[part]))
+        return torch.tensor(matrix_to_rotvec(turns.numpy()))
     found = []
     for joint in (3, 4):
         ball = torch.nonzero(flame.weights[:, joint] > 0.99)[:, 0]
         rest = flame.template[ball] + torch.einsum("s,svi->vi", shape, flame.shapes[: len(shape), ball])
-        there = torch.einsum("tji,tvj->tvi", R, torch.tensor(target.vertices[:, ball.numpy()]) - t[:, None])
+        there = torch.tensor(target.vertices[part][:, ball.numpy()]) - now.t[:, None]
         even = torch.full((len(ball),), 1 / len(ball), dtype=torch.float64)
-        turns, _ = _rigid(rest.expand(len(there), -1, -1), there, even)
-        found.append(matrix_to_rotvec(turns))
+        turns, _ = _rigid(rest.expand(len(there), -1, -1), torch.einsum("tji,tvj->tvi", now.R, there), even)
+        found.append(torch.tensor(matrix_to_rotvec(turns.numpy())))
     return torch.stack(found, 1)
 
 

@@ -41,7 +41,9 @@ def truth(flame: Flame, frames: int = 6) -> tuple[recordings.FlameTrack, Target]
     turns = rotvec_to_matrix(rng.uniform(-0.4, 0.4, (frames, 3))) @ np.diag([1.0, -1.0, -1.0])
     poses = make_rigid(turns, rng.uniform(-0.05, 0.05, (frames, 3)) + np.array([0, 0, 0.7]))
     placed = transform_points(poses, vertices(flame, track))
-    return track, Target(placed, np.ones(5023), _face(flame), track.eyes, "the truth")
+    return track, Target(
+        placed, np.ones(5023), _face(flame), poses[:, None, :3, :3] @ rotvec_to_matrix(track.eyes), "the truth"
+    )
 
 
 def test_finds_what_the_vertices_were_made_of(flame: Flame) -> None:
