@@ -8,6 +8,7 @@ Poses are found by Kabsch's method (1976). The neck stays straight: the head's t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,8 +39,8 @@ RIGID_RIDGE = 1e-7
 EXACT_M, REGISTERED_M = 1e-6, 2e-4
 """How sure places are: of FLAME's own topology, and of another mesh's surface."""
 JAW_STEP_RAD = 1e-3
-SETTLED = 1e-5
-"""Change of a coefficient, in standard deviations, and of the jaw, in radians, that ends the rounds."""
+SETTLED = 0.02
+"""The rounds end when the error, RMS over the vertices, gets smaller by less than this share of the places' own."""
 FAR_M = 2e-3
 """A vertex that was brought so far from the other head's surface counts half."""
 REGION_WEIGHTS = {"head": 0.3, "face": 1.0, "lips": 2.0, "eyelids": 2.0}
@@ -239,13 +240,17 @@ def refit(
     jaw = torch.zeros(frames, 3, dtype=torch.float64)
     eyes = torch.zeros(frames, 2, 3, dtype=torch.float64)
     parts = [slice(start, start + CHUNK) for start in range(0, frames, CHUNK)]
+    error = math.inf
     for _ in range(ROUNDS):
-        before = shape, expression.clone(), jaw.clone()
+        before, error = error, 0.0
         wanted, posed = torch.zeros(2, len(used), 3, dtype=torch.float64)
         for part in parts:
             now = _Estimate.of(model, shape, expression[part], jaw[part], eyes[part], places[part])
             wanted += now.wanted.sum(0) / frames
             posed += now.posed.sum(0) / frames
+            error += float((model.root * (now.posed - now.local)).square().sum()) / frames
+        if before**0.5 - error**0.5 < target.noise * SETTLED:
+            break
         new_shape = model.solve_shape(wanted, posed)
         for part in parts:
             now = _Estimate.of(model, shape, expression[part], jaw[part], eyes[part], places[part])
@@ -253,9 +258,6 @@ def refit(
             eyes[part] = _eyes(flame, target, part, new_shape, now)
         shape = new_shape
         on_round()
-        settled = zip(before, (shape, expression, jaw), strict=True)
-        if max(float((new - old).abs().max()) for old, new in settled) < SETTLED:
-            break
     R, t, off = torch.zeros(frames, 3, 3, dtype=torch.float64), torch.zeros(frames, 3, dtype=torch.float64), []
     for part in parts:
         now = _Estimate.of(model, shape, expression[part], jaw[part], eyes[part], places[part])
