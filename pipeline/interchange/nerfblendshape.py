@@ -255,7 +255,7 @@ def write(
         flame: the one that the recording's numbers belong to; needed where its root or its neck turns.
         sidecar: what lies beside; basis, names, scale, origin and what was left out are set here.
         on_frame: called once for each frame.
-        coefficients: how many are written, those that vary most in the clip; 0 writes all.
+        coefficients: how many are written, those that vary most in the clip, or move FLAME's face most; 0 writes all.
         landmarks: [T,478,3] MediaPipe's points in the camera's coordinates, for the middle of the face and for the
             `.lms` files without which NeRFBlendShape does not train.
 
@@ -273,7 +273,7 @@ def write(
     recording = _head_in_camera(recording, flame)
     basis, names, values, posed = _all_coefficients(recording)
     spread = values.std(0)
-    kept = _most_varying(spread, posed, coefficients)
+    kept = _most_varying(spread * _reach(recording, flame, len(names)), posed, coefficients)
     written = values[:, kept]
     scale, origin = (1.0, np.zeros(3)) if _own(recording.basis) else _placement(recording, landmarks)
     cameras = np.linalg.inv(recording.Ts_cam_world)
@@ -379,6 +379,15 @@ def _poses(track: FlameTrack) -> dict[str, Floats]:
     if track.eyelids is not None:
         columns |= {f"eyelid-{side}": track.eyelids[:, index] for index, side in enumerate(("left", "right"))}
     return columns
+
+
+def _reach(recording: Recording, flame: Flame | None, count: int) -> Floats:
+    """[E] how far a coefficient moves the face: FLAME's, in deviations, do so by less and less; 1 where not known."""
+    reach = np.ones(count)
+    if recording.flame is not None and flame is not None:
+        shapes = flame.expressions.flatten(1).norm(dim=1).numpy()[: recording.flame.expression.shape[1]]
+        reach[: len(shapes)] = shapes
+    return reach
 
 
 def _most_varying(spread: Floats, posed: NDArray[np.bool_], count: int) -> list[int]:

@@ -156,6 +156,19 @@ def test_a_head_that_moves_in_its_world_is_moved_into_the_camera(tmp_path: Path,
     np.testing.assert_array_equal(after.coefficients[:, jaws], track.jaw)
 
 
+def test_of_flame_what_moves_the_face_most_is_written(tmp_path: Path, flame: Flame) -> None:
+    track = recordings.flame_track("flame2020", 3, moving=True)
+    shrinking = flame.expressions * torch.linspace(1, 0.01, len(flame.expressions)).reshape(-1, 1, 1)
+    shrinking = shrinking / flame.expressions.flatten(1).norm(dim=1).reshape(-1, 1, 1)
+    steady = np.outer([-1.0, 0.0, 1.0], np.linspace(1, 1.5, 100))
+    before = recordings.recording("vhap", flame=replace(track, expression=steady), intrinsics=CENTRED)
+    write(before, tmp_path, replace(flame, expressions=shrinking))
+    names = [name.partition("/")[2] for name in nerfblendshape.read(tmp_path, ReadOptions()).coefficient_names]
+    assert len(names) == 46
+    assert {"000", "001", "jaw-x", "jaw-y", "jaw-z"} <= set(names)
+    assert "099" not in names
+
+
 def test_flame_that_turns_needs_its_model(tmp_path: Path) -> None:
     before = recordings.recording("vhap", flame=recordings.flame_track("flame2020", 3, moving=True))
     with pytest.raises(UserError, match="need the model flame2020"):
