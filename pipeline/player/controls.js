@@ -104,14 +104,16 @@ function buildSliders(player) {
     }),
   );
   const left = new Set(names.keys());
-  for (const [title, members, prefix] of GROUPS) {
+  const bases = [...new Set(names.filter(isOwn).map((name) => name.split("/")[0]))];
+  const own = bases.map((basis) => [basis, { test: (name) => name.startsWith(`${basis}/`) }, /^$/]);
+  for (const [title, members, prefix] of [...own, ...GROUPS]) {
     const found = [...left].filter((i) => members.test(names[i]));
     if (!found.length) continue;
     const group = addGroup(title);
     for (const i of found) {
       left.delete(i);
       const [low, high] = rangeOf(names[i], i), unit = isOwn(names[i]) ? "plain" : "percent";
-      const label = isOwn(names[i]) ? names[i] : inWords(names[i].replace(prefix, ""));
+      const label = isOwn(names[i]) ? names[i].split("/")[1] : inWords(names[i].replace(prefix, ""));
       addRow(group, label, names[i], low, high, unit, () => player.drive.expression[i], (value) => {
         const linked = element("linked").checked && twins[i] >= 0;
         setExpression(new Map(linked ? [[i, value], [twins[i], value]] : [[i, value]]));

@@ -114,16 +114,21 @@ _ONE_SIDED = ("jawLeft", "jawRight", "mouthLeft", "mouthRight")
 
 
 def in_folders(names: Sequence[str]) -> dict[str, list[str]]:
-    """Names of coefficients by the folder that their sliders are in, in the order given."""
+    """Names of coefficients by the folder that their sliders are in; those of a dataset's own basis are in its."""
     found: dict[str, list[str]] = {folder: [] for folder in (*FOLDERS, OTHERS)}
     for name in names:
-        folder = next((folder for folder, begins in FOLDERS.items() if name.startswith(begins)), OTHERS)
+        basis, slash, _ = name.partition("/")
+        known = next((folder for folder, begins in FOLDERS.items() if name.startswith(begins)), OTHERS)
+        folder = basis if slash else known
+        found.setdefault(folder, [])
         found[folder].append(name)
     return {folder: inside for folder, inside in found.items() if inside}
 
 
 def label_of(name: str, folder: str) -> str:
     """`Smile left` for mouthSmileLeft among the mouth's; where a folder has several parts, theirs comes first."""
+    if name.startswith(f"{folder}/"):
+        return name[len(folder) + 1 :]
     begins = FOLDERS.get(folder, ())
     rest = name[len(begins[0]) :] if len(begins) == 1 else name
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", rest).lower()

@@ -19,6 +19,7 @@ from pipeline.gaze import eyes_of, looking
 from pipeline.heads import EXPRESSIONS, load_head
 from pipeline.heads.stored import StoredHead, save_head
 from pipeline.retarget import EYES, MOVE, TURN, Performance, check_names, transfer
+from pipeline.viewer.scene import in_folders, label_of
 
 OWN = tuple(f"nerfblendshape-4/{index:02d}" for index in range(4))
 MIXED = ("flame2023-expression-2/000", "flame2023-expression-2/001", "flame2023-jaw/x")
@@ -100,3 +101,10 @@ def test_the_licence_of_an_imported_head_is_its_own(tmp_path: Path) -> None:
                 check_licence(export, clip)  # type: ignore[arg-type]
         else:
             assert check_licence(export, clip) == "It is the dataset's."  # type: ignore[arg-type]
+
+
+def test_sliders_of_own_coefficients_are_in_a_folder_of_their_basis() -> None:
+    folders = in_folders((*OWN, "jawOpen", *MIXED))
+    assert list(folders) == ["Jaw", "nerfblendshape-4", "flame2023-expression-2", "flame2023-jaw"]
+    assert [label_of(name, "nerfblendshape-4") for name in folders["nerfblendshape-4"]] == ["00", "01", "02", "03"]
+    assert label_of("jawOpen", "Jaw") == "Open"
