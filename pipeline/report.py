@@ -195,6 +195,7 @@ def _contents(subject: Subject, stages: Sequence[Stage], config: Config) -> dict
         ],
         "versions": [("headcast", __version__), *_library_versions()],
         "clips": _clips(subject),
+        "imported": _imported(subject),
         "commands": _commands(subject, states),
         "finished": max((str(manifest.get("finished", "")) for manifest in manifests), default=""),
     }
@@ -537,6 +538,13 @@ def _clips(subject: Subject) -> list[dict[str, Any]]:
     record = _read(subject.source / "source.json")
     clips = record.get("clips") if isinstance(record, dict) else None
     return [clip for clip in clips if isinstance(clip, dict)] if isinstance(clips, list) else []
+
+
+def _imported(subject: Subject) -> dict[str, Any]:
+    """Where the subject was imported from, as `source.json` tells; empty where it was filmed."""
+    record = _read(subject.source / "source.json")
+    told = record.get("imported") if isinstance(record, dict) else None
+    return told if isinstance(told, dict) else {}
 
 
 def _commands(subject: Subject, states: Sequence[State]) -> list[tuple[str, str]]:
