@@ -1,4 +1,4 @@
-"""How long `headcast import` takes beyond copying: synthetic datasets of every format, each imported by a process."""
+"""How long `headcast import` takes beyond copying: synthetic datasets, each imported by a process of its own."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ SIZE_PX = 512
 RENDERED = 25
 """Frames that are rendered; a dataset shows them there and back again until it has enough."""
 FPS = Fraction(30000, 1001)
-FLAME_OF = {"insta": "flame2020", "vhap": "flame2023", "imavatar": "flame2020", "metrical": "flame2020"}
-COEFFICIENTS = {"nerfblendshape": 46, "insta": 100, "vhap": 100, "imavatar": 50, "metrical": 100}
+FLAME_OF = {"insta": "flame2020", "vhap": "flame2023", "imavatar": "flame2020"}
+COEFFICIENTS = {"nerfblendshape": 46, "insta": 100, "vhap": 100, "imavatar": 50}
+"""Of the formats that headcast can write."""
 SHAPES = {"imavatar": 100}
 """Of FLAME; the other formats hold 300."""
 TARGET_SECONDS = 20.0
@@ -41,7 +42,7 @@ def bench(formats: Sequence[str], frames: int, report: Callable[[str], None]) ->
     """Write, copy and import a dataset of each format.
 
     Args:
-        formats: of `FORMATS`.
+        formats: of `COEFFICIENTS`.
         frames: of each dataset.
         report: is told what is measured.
 
@@ -91,7 +92,7 @@ def synthetic_dataset(format_name: str, folder: Path, frames: int, size: int = S
     """Write a talking synthetic head as a dataset of a format; the recording that was written.
 
     Args:
-        format_name: of `FORMATS`.
+        format_name: of `COEFFICIENTS`.
         folder: an empty one, or one that is not there yet.
         frames: how many.
         size: of the pictures in pixels.
@@ -130,7 +131,8 @@ def synthetic_dataset(format_name: str, folder: Path, frames: int, size: int = S
     def pictures(row: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         return clip.images[order[row]], alphas[order[row]]
 
-    sidecar = Sidecar(format_name, "synthetic", str(FPS), tuple(range(frames)), basis, names, flame=version)
+    told = flame.name if flame is not None else ""
+    sidecar = Sidecar(format_name, "synthetic", str(FPS), tuple(range(frames)), basis, names, flame=told)
     module = importlib.import_module(FORMATS[format_name].module)
     module.write(recording, pictures, folder, flame=flame, sidecar=sidecar)
     return recording

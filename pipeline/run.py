@@ -108,12 +108,32 @@ class Import(BaseModel):
         """
         from pipeline.interchange import ReadOptions, read
 
+        known = _read_imports.get(self)
+        if known is not None and known[1] == _stamps(self.folder, known[0]):
+            return known[0]
         recording = read(self.folder, self.format, ReadOptions(self.fps, self.flame))
         if recording.flame is not None and not recording.meshes:  # as `pipeline.interchange.head` needs it
             from pipeline.heads.flame import load_flame
 
             load_flame(recording.flame.version)
+        _read_imports[self] = recording, _stamps(self.folder, recording)
         return recording
+
+
+_read_imports: dict[Import, tuple[Recording, list[tuple[int, ...]]]] = {}
+"""Datasets that this process has read and found good, with the sizes and times of change that their files had."""
+
+
+def _stamps(folder: Path, recording: Recording) -> list[tuple[int, ...]]:
+    """Of the files of a dataset; zeros where one is gone."""
+    found = []
+    for name in recording.files:
+        try:
+            about = (folder / name).stat()
+            found.append((about.st_size, about.st_mtime_ns, about.st_ino))
+        except OSError:
+            found.append((0, 0, 0))
+    return found
 
 
 class RunRequest(BaseModel):

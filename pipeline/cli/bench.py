@@ -32,7 +32,7 @@ class Bench(Common):
     nightly's decision on 10 to --subjects finished subjects. view: how fast headcast view makes
     pictures of a subject in --data, named in place of a video; some seconds. player: how near the exported page's
     pictures are to ours, and what its JavaScript costs, for subjects in --data; wants Chromium and Playwright. import:
-    datasets of 500 synthetic frames in every format, imported one after the other, beside plain copying; some minutes,
+    datasets of 500 synthetic frames in each format, imported one after the other, beside plain copying; some minutes,
     the formats with FLAME only where FLAME is.
     """
 
@@ -132,11 +132,13 @@ class Bench(Common):
             return document, bench_player.table(document), 0
         if self.what == "import":
             from pipeline import bench_import
-            from pipeline.interchange import FORMATS
 
-            formats = [str(name) for name in self.videos] or list(FORMATS)
-            if unknown := sorted(set(formats) - set(FORMATS)):
-                raise UserError(f"There is no format '{unknown[0]}'.", f"choose from: {', '.join(FORMATS)}")
+            known = list(bench_import.COEFFICIENTS)
+            formats = [str(name) for name in self.videos] or known
+            if unknown := sorted(set(formats) - set(known)):
+                raise UserError(f"'{unknown[0]}' is no format to measure.", f"choose from: {', '.join(known)}")
+            if self.frames < 5:
+                raise UserError(f"--frames is {self.frames}.", "give at least 5")
             document = bench_import.bench(formats, self.frames, default_reporter().message)
             return document, bench_import.table(document), 0
         from pipeline import bench_avatars, bench_matte, bench_run

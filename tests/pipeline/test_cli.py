@@ -40,6 +40,7 @@ def test_help_teaches_every_command(tmp_path: Path) -> None:
     assert done.returncode == 0
     for command in (
         "run",
+        "import",
         "batch",
         "nightly",
         "status",
