@@ -60,11 +60,6 @@ TARGETS = {
         "a page that plays and drives the avatar in any browser: a folder and a single file",
         FITTED,
     ),
-    "csv": Target(
-        "pipeline.exports.csv_table",
-        "what the subject does: a table of ARKit coefficients, gaze and head pose",
-        ("decode", "fit"),
-    ),
     "nerfblendshape": Target("pipeline.exports.datasets", "a dataset for NeRFBlendShape and gaussian-head", PREPARED),
     "insta": Target("pipeline.exports.datasets", "a dataset for INSTA, with FLAME refitted", PREPARED),
     "vhap": Target("pipeline.exports.datasets", "a dataset for GaussianAvatars, with FLAME refitted", PREPARED),

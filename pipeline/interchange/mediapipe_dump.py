@@ -198,7 +198,7 @@ class Dump:
             numbers = self.numbers
             about = frames.record["clips"][0]
             last = int(max(end for _, end in about["shots"])) if about.get("shots") else int(frames.source_frames[-1])
-            if not self.counted and numbers.min() >= 1 and numbers.max() > last:
+            if not self.counted and (numbers.min(), numbers.max()) == (1, last + 1):
                 numbers = numbers - 1
             place_of = {int(number): place for place, number in enumerate(numbers)}
             return [place_of.get(int(number)) for number in frames.source_frames]
@@ -604,19 +604,23 @@ def _arrays(path: Path) -> list[_Entry]:
         raise UserError(f"'{path.name}': 'landmarks' is {shape} of {points.dtype}, expected numbers T x 478 x 3.", FIX)
     count = len(points)
 
-    def column(names: Sequence[str], shape: tuple[int | None, ...]) -> Any:
+    def column(names: Sequence[str], shape: tuple[int | None, ...], what: str) -> Any:
         value = _get(values, names)
         if value is None:
             return None
         if value.ndim != len(shape) + 1 or len(value) != count:
             raise UserError(
-                f"'{path.name}': '{names[0]}' is {' x '.join(map(str, value.shape))}, its landmarks have {count} rows.",
+                f"'{path.name}': {what} are {' x '.join(map(str, value.shape))}, its landmarks have {count} rows.",
                 FIX,
             )
         return value
 
-    index, times, ms = column(INDEX, ()), column(SECONDS, ()), column(MILLISECONDS, ())
-    scores, matrices, names = column(SCORES, (None,)), column(MATRICES, (4, 4)), _get(values, SCORE_NAMES)
+    index, times, ms = column(INDEX, (), "numbers"), column(SECONDS, (), "times"), column(MILLISECONDS, (), "times")
+    scores, matrices, names = (
+        column(SCORES, (None,), "blendshapes"),
+        column(MATRICES, (4, 4), "matrices"),
+        _get(values, SCORE_NAMES),
+    )
     if scores is not None and (names is None or len(names) != scores.shape[1]):
         raise UserError(
             f"'{path.name}' has blendshapes without their names.", "write them as 'blendshape_names', one a column"
