@@ -126,7 +126,7 @@ _read_imports: dict[Import, tuple[Recording, list[tuple[int, ...]]]] = {}
 
 def _stamps(folder: Path, recording: Recording) -> list[tuple[int, ...]]:
     """Of the files of a dataset; zeros where one is gone."""
-    found = []
+    found: list[tuple[int, ...]] = []
     for name in recording.files:
         try:
             about = (folder / name).stat()
