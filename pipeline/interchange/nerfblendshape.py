@@ -350,8 +350,10 @@ def _head_in_camera(recording: Recording, flame: Flame | None) -> Recording:
             "see docs/heads.md on how to get it",
         )
     shape = torch.from_numpy(track.shape)
+    # Joints follow the offset of FLAME's own vertices; VHAP's teeth come after those.
+    offset = None if track.static_offset is None else torch.from_numpy(track.static_offset[: len(flame.template)])
     batches = torch.from_numpy(track.expression).split(256)
-    joints = np.concatenate([flame.joints(shape, part).numpy()[:, :2] for part in batches])
+    joints = np.concatenate([flame.joints(shape, part, offset).numpy()[:, :2] for part in batches])
     turns = rotvec_to_matrix(track.neck)
     neck = make_rigid(turns, joints[:, 1] - np.einsum("tij,tj->ti", turns, joints[:, 1]))
     return recording.with_head_in_camera(recording.Ts_cam_head(joints[:, 0]) @ neck)
