@@ -64,6 +64,11 @@ TARGETS = {
     "insta": Target("pipeline.exports.datasets", "a dataset for INSTA, with FLAME refitted", PREPARED),
     "vhap": Target("pipeline.exports.datasets", "a dataset for GaussianAvatars, with FLAME refitted", PREPARED),
     "imavatar": Target("pipeline.exports.datasets", "a dataset for IMavatar, with FLAME refitted", PREPARED),
+    "csv": Target(
+        "pipeline.exports.csv_table",
+        "what the subject does: a table of ARKit coefficients, gaze and head pose",
+        ("decode", "fit"),
+    ),
     "rerun": Target(
         "pipeline.exports.rerun",
         "frames, landmarks, alpha, head, Gaussians and curves for the rerun viewer",
