@@ -133,7 +133,7 @@ function buildSliders(player) {
 }
 
 /* Whether a coefficient is of an imported dataset's own basis, whose name comes before the slash. */
-const isOwn = (name) => name.includes("/");
+const isOwn = (name) => /^[\w-]+\//.test(name);
 
 /* From where to where a coefficient goes: 0 to 1, or of an imported dataset's own what the clip shows, and rest. */
 function rangeOf(name, i) {

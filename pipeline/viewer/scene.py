@@ -117,11 +117,9 @@ def in_folders(names: Sequence[str]) -> dict[str, list[str]]:
     """Names of coefficients by the folder that their sliders are in; those of a dataset's own basis are in its."""
     found: dict[str, list[str]] = {folder: [] for folder in (*FOLDERS, OTHERS)}
     for name in names:
-        basis, slash, _ = name.partition("/")
+        own = re.match(r"([\w-]+)/", name)
         known = next((folder for folder, begins in FOLDERS.items() if name.startswith(begins)), OTHERS)
-        folder = basis if slash else known
-        found.setdefault(folder, [])
-        found[folder].append(name)
+        found.setdefault(own[1] if own else known, []).append(name)
     return {folder: inside for folder, inside in found.items() if inside}
 
 
