@@ -16,55 +16,50 @@ from pipeline.cli.common import Answer, Common, split_settings
 class Export(Common):
     """Write a subject as files for other tools, read them back and say what was lost.
 
-        Targets, each with an example (all about them: docs/exports.md):
+    Targets, each with an example (all about them: docs/exports.md):
 
-        ply: the avatar at rest as a standard 3DGS PLY, for any splat viewer.
-        Example: headcast export ada --to ply
+    ply: the avatar at rest as a standard 3DGS PLY, for any splat viewer.
+    Example: headcast export ada --to ply
 
-        ply-sequence: the avatar through its clip, a numbered PLY a frame, and the camera.
-        Example: headcast export ada --to ply-sequence --set first=0 --set last=99 --set every=2 --set axes=head
+    ply-sequence: the avatar through its clip, a numbered PLY a frame, and the camera.
+    Example: headcast export ada --to ply-sequence --set first=0 --set last=99 --set every=2 --set axes=head
 
-        spz: the avatar at rest as SPZ, a fourteenth of a PLY, for Scaniverse, Cesium, three.js.
-        Example: headcast export ada --to spz --set version=2
+    spz: the avatar at rest as SPZ, a fourteenth of a PLY, for Scaniverse, Cesium, three.js.
+    Example: headcast export ada --to spz --set version=2
 
-        sog: the avatar at rest as SOG, smaller still, for PlayCanvas and SuperSplat.
-        Example: headcast export ada --to sog
+    sog: the avatar at rest as SOG, smaller still, for PlayCanvas and SuperSplat.
+    Example: headcast export ada --to sog
 
-        gltf: the avatar at rest as a GLB of Gaussians (KHR_gaussian_splatting).
-        Example: headcast export ada --to gltf
+    gltf: the avatar at rest as a GLB of Gaussians (KHR_gaussian_splatting).
+    Example: headcast export ada --to gltf
 
-        rig: all that a program of one's own needs to drive it, and drive.py, which does it with NumPy.
-        Example: headcast export ada --to rig
+    rig: all that a program of one's own needs to drive it, and drive.py, which does it with NumPy.
+    Example: headcast export ada --to rig
 
-        arkit: head mesh (OBJ, GLB with morph targets) and Gaussians as 52 ARKit blendshapes.
-        Example: headcast export ada --to arkit --set gaussians=ply
+    arkit: head mesh (OBJ, GLB with morph targets) and Gaussians as 52 ARKit blendshapes.
+    Example: headcast export ada --to arkit --set gaussians=ply
 
-        rerun: frames, landmarks, alpha, head, Gaussians and curves as a recording for the rerun viewer.
-        Example: headcast export ada --to rerun --set every=2 --set splats=10
+    rerun: frames, landmarks, alpha, head, Gaussians and curves as a recording for the rerun viewer.
+    Example: headcast export ada --to rerun --set every=2 --set splats=10
 
-        csv: what the subject does as a table of coefficients, gaze and head pose, or as Live Link Face records it; a fit is
-        enough.
-        Example: headcast export ada --to csv --set layout=livelink
+    csv: what the subject does as a table of coefficients, gaze and head pose, or as Live Link Face records it; a fit is
+    enough.
+    Example: headcast export ada --to csv --set layout=livelink
 
-    <<<<<<< HEAD
-        nerfblendshape: a dataset as NeRFBlendShape and gaussian-head load it (docs/interchange.md); a fit is enough.
-    =======
-        nerfblendshape: a dataset for NeRFBlendShape and gaussian-head: pictures, alphas, cameras, coefficients; a fit is
-        enough for this and the next three.
-    >>>>>>> af6b679 (Wrap a line of the exports' help)
-        Example: headcast export ada --to nerfblendshape --set coefficients=46
+    nerfblendshape: a dataset as NeRFBlendShape and gaussian-head load it (docs/interchange.md); a fit is enough.
+    Example: headcast export ada --to nerfblendshape --set coefficients=46
 
-        insta: a dataset for INSTA and FateAvatar; FLAME is fitted to the head, so its file is needed.
-        Example: headcast export ada --to insta --set licence=mine
+    insta: a dataset for INSTA and FateAvatar; FLAME is fitted to the head, so its file is needed.
+    Example: headcast export ada --to insta --set licence=mine
 
-        vhap: a dataset for GaussianAvatars and LAM, as VHAP exports it, with FLAME.
-        Example: headcast export ada --to vhap --set flame=2023
+    vhap: a dataset for GaussianAvatars and LAM, as VHAP exports it, with FLAME.
+    Example: headcast export ada --to vhap --set flame=2023
 
-        imavatar: a dataset for IMavatar and PointAvatar, with FLAME.
-        Example: headcast export ada --to imavatar --out baselines/ada
+    imavatar: a dataset for IMavatar and PointAvatar, with FLAME.
+    Example: headcast export ada --to imavatar --out baselines/ada
 
-        web: a page that plays and drives the avatar in any browser, by webcam too; a folder, and the same in one file.
-        Example: headcast export ada --to web --set webcam=false
+    web: a page that plays and drives the avatar in any browser, by webcam too; a folder, and the same in one file.
+    Example: headcast export ada --to web --set webcam=false
     """
 
     subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUBJECT")] = tyro.MISSING
