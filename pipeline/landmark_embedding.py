@@ -114,8 +114,14 @@ def prediction_errors(
     return np.stack(errors, axis=1)
 
 
-def embed(head: HeadModel, renders: list[Render]) -> dict[str, np.ndarray]:
+def embed(head: HeadModel, renders: list[Render], reach: int = 0) -> dict[str, np.ndarray]:
     """The embedding: `faces` [478], `bary` [478, 3], `spread` [478] in metres, and `hits` [478], counts.
+
+    Args:
+        head: the model.
+        renders: of it.
+        reach: pixels from the surface's edge up to which a landmark that misses it is taken to be at that edge: a mesh
+            that was fitted to pictures may be narrower than the face.
 
     Raises:
         StageError: a landmark never hit the surface it may lie on.
@@ -133,6 +139,8 @@ def embed(head: HeadModel, renders: list[Render]) -> dict[str, np.ndarray]:
             raster = rasterize_mesh(render.vertices_cam, head.faces[allowed], render.K, SIZE, SIZE)
             for landmark in landmarks:
                 column, row = np.floor(render.detected[landmark]).astype(int)
+                if 0 <= column < SIZE and 0 <= row < SIZE and raster.face_index[row, column] < 0 and reach:
+                    column, row = _nearest(raster.face_index, column, row, reach)
                 if 0 <= column < SIZE and 0 <= row < SIZE and raster.face_index[row, column] >= 0:
                     face = allowed[raster.face_index[row, column]]
                     hits[landmark].append((face, raster.bary[row, column]))
@@ -159,3 +167,13 @@ def embed(head: HeadModel, renders: list[Render]) -> dict[str, np.ndarray]:
         "spread": np.array(spread, dtype=np.float32),
         "hits": np.array([len(candidates) for candidates in hits], dtype=np.int32),
     }
+
+
+def _nearest(face_index: np.ndarray, column: int, row: int, reach: int) -> tuple[int, int]:
+    """Column and row of the covered pixel that is nearest; the same again where none is within reach."""
+    top, left = max(row - reach, 0), max(column - reach, 0)
+    rows, columns = np.nonzero(face_index[top : row + reach + 1, left : column + reach + 1] >= 0)
+    if not len(rows):
+        return column, row
+    best = int(((rows + top - row) ** 2 + (columns + left - column) ** 2).argmin())
+    return int(columns[best]) + left, int(rows[best]) + top

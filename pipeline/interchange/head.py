@@ -38,6 +38,8 @@ RIDGE = 1e-3
 """Of the regression of meshes on coefficients, in deviations of a coefficient, per frame."""
 MESH_RMS_M, MOST_COMPONENTS = 1e-4, 48
 """How near a linear basis comes to the meshes, and the most components that are spent on it."""
+MESH_REACH_PX = 36
+"""How far beside a mesh its edge is taken for the face's, where the face is 512 pixels wide: about a centimetre."""
 # Eyeballs: how round a part of the mesh is (spread of its radius), and how large.
 ROUND, EYE_RADIUS_M = 0.2, (0.008, 0.02)
 FACE_M = 0.17
@@ -240,7 +242,7 @@ def mesh_head(
     renders = [_as_render(recording.Ts_cam_world[i], meshes[i], Ks[i], looks[i], recording.size) for i in looks]
     _check_eyes(recording, meshes, (left, right), Ks, looks)
     try:
-        embedding = embed(rough, renders)
+        embedding = embed(rough, renders, MESH_REACH_PX)
     except StageError:
         raise _wrong_cameras() from None
     rough = replace(
