@@ -45,7 +45,6 @@ FAR_M = 2e-3
 """A vertex that was brought so far from the other head's surface counts half."""
 REGION_WEIGHTS = {"head": 0.3, "face": 1.0, "lips": 2.0, "eyelids": 2.0}
 """Later ones count."""
-NECK_WEIGHT = 0.03
 CHUNK = 64
 
 
@@ -133,9 +132,9 @@ def _registered(
     weights = np.zeros(len(own.template))
     for name, weight in REGION_WEIGHTS.items():
         weights[own.regions[name]] = weight
-    # The neck bends with the torso, which FLAME's root does not: it is only kept in place. Eyeballs are turned.
-    weights[own.regions["torso"] | (own.skin_weights[:, 0] < 0.9)] = NECK_WEIGHT
-    weights[own.regions["eyes"]] = 0
+    # Eyeballs are turned, not fitted; the neck bends with the torso, which FLAME's root does not.
+    weights[own.regions["eyes"] | own.regions["torso"]] = 0
+    weights *= own.skin_weights[:, 0] > 0.9
     weights /= 1 + (found.distance / FAR_M) ** 2
     corners = head.faces[found.faces]
     vertices = np.stack(
