@@ -57,6 +57,7 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
             )
         version = choice(export, "flame", wanted.flame.removeprefix("flame"), "2020", "2023", "2023open")
         wanted = replace(wanted, flame=f"flame{version}")
+        _see_that_it_is_there(wanted.flame)
     elif "flame" in export.options:
         raise UserError(f"The export '{export.target}' has no option 'flame'.", "it holds no head model")
     licence = check_flame_licence(export, wanted.flame) if export.target == "insta" else ""
@@ -103,6 +104,23 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
     text = f"{text} {licence}".strip()
     about = {key: value for key, value in asdict(sidecar).items() if key not in ("numbers", "names")}
     return {"frames": len(recording), "bytes": size, "warnings": warnings, **about, "text": text}
+
+
+def _see_that_it_is_there(flame: str) -> None:
+    """Refuse what needs a FLAME that is not on this machine.
+
+    Raises:
+        UserError: where to get it and where it goes, or which other one is there.
+    """
+    from pipeline.heads import head_file
+    from pipeline.heads.flame import FLAME_FILES
+
+    file = head_file(flame)
+    if file.path.is_file():
+        return
+    others = [each.name.removeprefix("flame") for each in FLAME_FILES if each.path.is_file()]
+    other = f"\n     or, for programs that read what is here: --set flame={others[0]}" if others else ""
+    raise UserError(f"This needs {file.title}, which is not on this machine.", file.missing() + other)
 
 
 def _stoppable(export: Export) -> Any:
