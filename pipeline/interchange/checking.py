@@ -20,6 +20,9 @@ from pipeline.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from pipeline.heads.flame import Flame
+    from pipeline.interchange.recording import FlameTrack, Recording
+
     Floats = NDArray[np.float64]
 
 MAX_JSON_BYTES = 512 * 2**20
@@ -291,6 +294,38 @@ def check_pictures(
                 f"{place}: the {what} '{name}' is {found[0]}x{found[1]}, expected {size[0]}x{size[1]}.",
                 "all pictures of a dataset have the size that its camera says",
             )
+
+
+def flame_of(
+    recording: Recording, flame: Flame | None, layout: str, version: str, shapes: int, expressions: int
+) -> tuple[FlameTrack, Flame]:
+    """FLAME's parameters and model where a layout can hold them.
+
+    Args:
+        recording: to be written.
+        flame: the one that its numbers belong to.
+        layout: whose, such as "VHAP".
+        version: the FLAME that its programs read.
+        shapes, expressions: how many coefficients it holds.
+
+    Raises:
+        UserError: there are none, of another version, or too many.
+    """
+    from pipeline.heads import head_file
+
+    track = recording.flame
+    if track is None or flame is None:
+        what = f"{layout}'s layout holds FLAME's parameters, and there are none without FLAME."
+        raise UserError(what, head_file(version).missing())
+    if track.version != flame.name:
+        raise UserError(f"The recording's numbers belong to {track.version}, not to {flame.name}.", "refit them first")
+    if len(track.shape) > shapes or track.expression.shape[1] > expressions:
+        raise UserError(
+            f"{layout}'s layout holds {shapes} shape and {expressions} expression coefficients of FLAME, "
+            f"not {len(track.shape)} and {track.expression.shape[1]}.",
+            "refit them on the vertices: cut off they would show another face",
+        )
+    return track, flame
 
 
 def rising(values: Sequence[int], where: str) -> Iterator[int]:

@@ -30,7 +30,7 @@ from pipeline.dataset import link_or_copy, write_json
 from pipeline.errors import UserError
 from pipeline.frames import save_image
 from pipeline.interchange import DEFAULT_FPS, ReadOptions
-from pipeline.interchange.checking import FIX, Document, Folder, check_pictures, numbers, rising
+from pipeline.interchange.checking import FIX, Document, Folder, check_pictures, flame_of, numbers, rising
 from pipeline.interchange.metrical import (
     EXPRESSIONS,
     SHAPES,
@@ -449,22 +449,7 @@ def _checked(recording: Recording, flame: Flame | None, folder: Path) -> tuple[F
     Raises:
         UserError: it cannot.
     """
-    from pipeline.heads.flame import FLAME_FILES
-
-    track = recording.flame
-    if track is None or flame is None:
-        raise UserError(
-            "INSTA's layout holds meshes and parameters of FLAME, and there are none without FLAME.",
-            next(file.missing() for file in FLAME_FILES if file.name == VERSION),
-        )
-    if track.version != flame.name:
-        raise UserError(f"The recording's numbers belong to {track.version}, not to {flame.name}.", "refit them first")
-    if len(track.shape) > SHAPES or track.expression.shape[1] > EXPRESSIONS:
-        raise UserError(
-            f"INSTA's layout holds {SHAPES} shape and {EXPRESSIONS} expression coefficients of FLAME, not "
-            f"{len(track.shape)} and {track.expression.shape[1]}.",
-            "refit them on the vertices: cut off they would show another face",
-        )
+    track, flame = flame_of(recording, flame, "INSTA", VERSION, SHAPES, EXPRESSIONS)
     K = recording.Ks[0]
     if np.abs(recording.Ks - K).max() > 1e-9 or K[0, 1]:
         raise UserError(

@@ -22,7 +22,7 @@ from pipeline.dataset import write_json
 from pipeline.errors import UserError
 from pipeline.frames import save_image
 from pipeline.interchange import DEFAULT_FPS, ReadOptions
-from pipeline.interchange.checking import FIX, Document, Folder, check_pictures, numbers, rising
+from pipeline.interchange.checking import FIX, Document, Folder, check_pictures, flame_of, numbers, rising
 from pipeline.interchange.recording import FlameTrack, Pictures, Recording
 from pipeline.interchange.sidecar import Sidecar, flame_version, read_sidecar, write_sidecar
 
@@ -410,22 +410,7 @@ def _checked(recording: Recording, flame: Flame | None) -> tuple[FlameTrack, Fla
     Raises:
         UserError: it cannot.
     """
-    from pipeline.heads.flame import FLAME_FILES
-
-    track = recording.flame
-    if track is None or flame is None:
-        raise UserError(
-            "VHAP's layout holds FLAME's parameters, and there are none without FLAME.",
-            next(file.missing() for file in FLAME_FILES if file.name == VERSION),
-        )
-    if track.version != flame.name:
-        raise UserError(f"The recording's numbers belong to {track.version}, not to {flame.name}.", "refit them first")
-    if len(track.shape) > SHAPES or track.expression.shape[1] > EXPRESSIONS:
-        raise UserError(
-            f"VHAP's layout holds {SHAPES} shape and {EXPRESSIONS} expression coefficients of FLAME, "
-            f"not {len(track.shape)} and {track.expression.shape[1]}.",
-            "refit them on the vertices",
-        )
+    track, flame = flame_of(recording, flame, "VHAP", VERSION, SHAPES, EXPRESSIONS)
     if track.eyelids is not None and track.eyelids.any():
         raise UserError("VHAP's layout has no place for metrical-tracker's eyelids.", "refit without them")
     K, (width, height) = recording.Ks, recording.size
