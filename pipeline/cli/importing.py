@@ -147,10 +147,11 @@ class Import(Common):
 
         subject, *_ = prepare(request, STAGES)
         check_input(request, subject)
+        can = f"'{self.folder}' can be imported as the subject '{subject.name}':"
         if request.tracking is not None:
             kind, video, file = kind_of(request.tracking), request.videos[0].name, request.tracking.name
             document = {"schema": 1, "subject": subject.name, "format": kind, "video": video, "tracking": file}
-            told = [f"'{self.folder}' can be imported as '{subject.name}': {kind}, '{video}' with '{file}'."]
+            told = [f"{can} {kind}, '{video}' with '{file}'."]
             tracked = self._tracked()
             return document, "\n".join([*told, *(tracked.notes if tracked else ())]), 0
         recording = request.imports.read()
@@ -172,7 +173,7 @@ class Import(Common):
             "notes": list(recording.notes),
         }
         lines = [
-            f"'{self.folder}' can be imported as '{subject.name}': {recording.format}, {len(recording)} frames "
+            f"{can} {recording.format}, {len(recording)} frames "
             f"({first} to {last}) of {recording.size[0]}x{recording.size[1]}, {recording.fps} a second, "
             f"{len(recording.coefficient_names)} coefficients ({recording.basis}), "
             f"{ALPHAS[recording.alpha]}.",
