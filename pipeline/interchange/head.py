@@ -46,6 +46,8 @@ FACE_M = 0.17
 """Largest side of the box around a face's landmarks."""
 PIXEL_NOISE, SHAPE_M = 1.5, 0.002
 """What triangulation expects: error of a detection in pixels, and how far a coefficient's deviation moves a point."""
+FACE_SHAPE_M, TRIANGULATIONS = 0.003, 3
+"""How far a face's landmarks lie from those of anny that is likest, and how often both are brought together."""
 ANNY_ROUNDS = 8
 IRISES = (473, 468)
 """MediaPipe's landmarks in the middle of the left and the right iris."""
@@ -352,15 +354,19 @@ def landmark_head(recording: Recording, Ks: Floats, looks: Looks) -> ImportedHea
     rows = np.array(sorted(looks))
     middle = recording.coefficients[rows].mean(0)
     spread = np.maximum(recording.coefficients[rows].std(0), 1e-6)
-    points, moves = triangulate(
+    seen = (
         np.stack([looks[row] for row in rows]),
         Ks[rows],
         recording.Ts_cam_world[rows],
         (recording.coefficients[rows] - middle) / spread,
     )
+    points, moves = triangulate(*seen)
+    for _ in range(TRIANGULATIONS):
+        identity, scale, rotation, translation = _onto(anny, points)
+        neutral = anny.template + np.tensordot(identity, anny.identity_basis, 1)
+        on_anny = _at_landmarks(replace(anny, template=neutral.astype(np.float32)))
+        points, moves = triangulate(*seen, expected=scale * on_anny @ rotation.T + translation)
     identity, scale, rotation, translation = _onto(anny, points)
-    if not np.isfinite(scale) or scale <= 0:
-        raise _wrong_cameras()
     neutral = anny.template + np.tensordot(identity, anny.identity_basis, 1)
     joints = anny.joints + np.tensordot(identity, anny.joints_identity_basis, 1)
     # From the dataset's world to anny's frame, in metres.
@@ -390,7 +396,9 @@ def landmark_head(recording: Recording, Ks: Floats, looks: Looks) -> ImportedHea
     )
 
 
-def triangulate(looks: Floats, Ks: Floats, Ts_cam_world: Floats, coefficients: Floats) -> tuple[Floats, Floats]:
+def triangulate(
+    looks: Floats, Ks: Floats, Ts_cam_world: Floats, coefficients: Floats, expected: Floats | None = None
+) -> tuple[Floats, Floats]:
     """Points [L,3] at mean coefficients and what a deviation of each coefficient moves them by, [E,L,3], in the world.
 
     Linear least squares on the rays (the direct linear transform; Hartley and Zisserman 2004, section 12.2), its rows
@@ -399,6 +407,7 @@ def triangulate(looks: Floats, Ks: Floats, Ts_cam_world: Floats, coefficients: F
     Args:
         looks: [n,L,2] pixels. Ks: [n,3,3]. Ts_cam_world: [n,4,4].
         coefficients: [n,E] in deviations from their mean.
+        expected: [L,3] where points lie as far as the rays do not tell: a head that hardly turns leaves depth open.
 
     Raises:
         StageError: the points come to lie behind the cameras.
@@ -411,7 +420,8 @@ def triangulate(looks: Floats, Ks: Floats, Ts_cam_world: Floats, coefficients: F
     right = t[:, None, :2] - rays[..., :2] * t[:, None, 2:]
     unit = np.concatenate([np.ones((count, 1)), coefficients], 1)
     weights = np.ones((count, landmarks))
-    points, moves = np.zeros((landmarks, 3)), np.zeros((coefficients.shape[1], landmarks, 3))
+    points = np.zeros((landmarks, 3)) if expected is None else expected
+    moves = np.zeros((coefficients.shape[1], landmarks, 3))
     focal = np.sqrt(Ks[:, 0, 0] * Ks[:, 1, 1])
     for step in range(4):
         solved = unit if step else unit[:, :1]
@@ -422,11 +432,16 @@ def triangulate(looks: Floats, Ks: Floats, Ts_cam_world: Floats, coefficients: F
         ridge[3:] = 1 / max(SHAPE_M * metre, 1e-12) ** 2
         design = np.einsum("nlki,ne->lnkei", rows * weights[..., None, None], solved).reshape(landmarks, -1, columns)
         wanted = (right * weights[..., None]).transpose(1, 0, 2).reshape(landmarks, -1, 1)
+        towards = np.zeros((landmarks, columns, 1))
+        if expected is not None:
+            ridge[:3] = 1 / (FACE_SHAPE_M * metre) ** 2
+            towards[:, :3, 0] = ridge[:3] * expected
         normal = design.transpose(0, 2, 1) @ design + np.diag(ridge)
         try:
-            solution = np.linalg.solve(normal, design.transpose(0, 2, 1) @ wanted)[..., 0].reshape(landmarks, -1, 3)
+            solution = np.linalg.solve(normal, design.transpose(0, 2, 1) @ wanted + towards)[..., 0]
         except np.linalg.LinAlgError:
             raise _wrong_cameras() from None
+        solution = solution.reshape(landmarks, -1, 3)
         points = solution[:, 0]
         moves = solution[:, 1:].transpose(1, 0, 2) if step else moves
         at = points + np.tensordot(coefficients, moves, 1)
