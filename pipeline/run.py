@@ -570,11 +570,13 @@ def stage_worker(
 def carry_out(request: RunRequest, stages: Sequence[Stage], reporter: Reporter) -> list[str]:
     """Bring a subject up to date in this process, without an orchestrator: nothing is tried again, no report written.
 
-    Returns the stages that worked.
+    Returns the stages that worked; `reporter` is told how each went.
 
     Raises:
         HeadcastError: the request is at fault, or a stage failed.
     """
+    from pipeline.assets import ensure_assets
+
     subject = request.target()
     mirror = open_mirror(request.store, subject, reporter)
     if request.store is None:  # with a store, the subject may not be here yet
@@ -585,8 +587,17 @@ def carry_out(request: RunRequest, stages: Sequence[Stage], reporter: Reporter) 
         _, config, wanted = prepare(request, stages)
         open_subject(request, subject, config)
         mirror.push_source()
+        ensure_assets(needed_assets(subject, config, wanted), reporter)
+        worked = []
         with stage_worker(request, subject, stages, config, held, mirror, reporter) as work:
-            return [stage.name for stage in wanted if work(stage) is not None]
+            for number, stage in enumerate(wanted, 1):
+                manifest = work(stage)
+                how = "fresh, left as it is"
+                if manifest is not None:
+                    worked.append(stage.name)
+                    how = f"{manifest['seconds']:.1f} s. {manifest['verdict']['text']}"
+                reporter.message(f"[{number}/{len(wanted)}] {stage.name}: {how}")
+        return worked
 
 
 def segments(request: RunRequest, stages: Sequence[Stage]) -> list[tuple[str | None, list[Stage]]]:

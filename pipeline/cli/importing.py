@@ -63,13 +63,36 @@ class Import(Common):
         request = self.request()
         if self.check:
             return self._tell(request)
-        document, text, code = carry_out(request)
+        document, text, code = self._bring_in(request) if request.imports and not self.store else carry_out(request)
         from pipeline.progress import default_reporter
 
         name = document["subject"]
         step = shlex.join(["headcast", "run", "--subject", name, "--from", "train", *self._places()])
         default_reporter(name).message(f"Next: {step}")
         return document, text, code
+
+    def _bring_in(self, request: Any) -> Answer:
+        """Bring the subject up to its fit in this process: to start an orchestrator takes longer than some imports."""
+        import contextlib
+
+        from pipeline import run
+        from pipeline.errors import HeadcastError
+        from pipeline.progress import default_reporter
+        from pipeline.report import build_report
+        from pipeline.stage import inspect_stages
+        from stages import STAGES
+
+        subject, config, wanted = run.prepare(request, STAGES)
+        run.check_input(request, subject)
+        run.check_writable(request.data)
+        try:
+            worked = run.carry_out(request, STAGES, default_reporter(subject.name))
+        finally:
+            # A full disk must not hide a stage's own error.
+            with contextlib.suppress(OSError, HeadcastError):
+                if (subject.source / "source.json").is_file():
+                    build_report(subject, STAGES, config)
+        return run.account(subject, inspect_stages(subject, wanted, config), worked), str(subject.report), 0
 
     def request(self) -> Any:
         """The options as a `RunRequest`.

@@ -46,7 +46,7 @@ FACE_M = 0.17
 """Largest side of the box around a face's landmarks."""
 PIXEL_NOISE, SHAPE_M = 1.5, 0.002
 """What triangulation expects: error of a detection in pixels, and how far a coefficient's deviation moves a point."""
-FACE_SHAPE_M, TRIANGULATIONS = 0.003, 3
+FACE_SHAPE_M, TRIANGULATIONS = 0.003, 2
 """How far a face's landmarks lie from those of anny that is likest, and how often both are brought together."""
 ANNY_ROUNDS = 8
 IRISES = (473, 468)
