@@ -5,14 +5,16 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from pipeline.cli.common import Answer, Common, Settings, Store
 from pipeline.cli.run import carry_out
 from pipeline.errors import UserError
-from pipeline.interchange.tracking import Tracked, kind_of
+
+if TYPE_CHECKING:
+    from pipeline.interchange.tracking import Tracked
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ class Import(Common):
 
     def _tell(self, request: Any) -> Answer:
         """Read and check everything, and say what there is."""
+        from pipeline.interchange.tracking import kind_of
         from pipeline.run import check_input, prepare
         from stages import STAGES
 
