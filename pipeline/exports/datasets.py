@@ -6,7 +6,7 @@ One module for all four: the layout is the target's name. docs/interchange.md te
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,6 @@ def write(export: Export, folder: Path) -> dict[str, Any]:
         UserError: FLAME is not on this machine, may not be passed on, or an option is wrong.
         StageError: stages do not belong together.
     """
-    from dataclasses import replace
-
     wanted = WANTED[export.target]
     if wanted.flame:
         if "coefficients" in export.options:
